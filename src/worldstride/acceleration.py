@@ -1,0 +1,78 @@
+"""Settings of everything that may spend less than full compute, and named presets of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from worldstride.errors import InputError
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What to spend. Every field at None means full compute: the model's plain loop, bit for bit."""
+
+    name: str = "off"
+    """Name for reports."""
+    steps: int | None = None
+    """Solver steps; fewer are faster and softer."""
+    shift: float | None = None
+    """Shift of the noise schedule; None takes what measured best for the number of steps."""
+    window: int | None = None
+    """Most recent latents to attend to, at most the model's own number."""
+    memory: int | None = None
+    """Retrieved latents to attend to, at most the model's own number; 0 forgets everything but window and sink."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("window", 1), ("memory", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InputError(f"acceleration.{name} must be an integer of at least {least}, got {value!r}")
+        if self.shift is not None and not (isinstance(self.shift, (int, float)) and self.shift > 0):
+            raise InputError(f"acceleration.shift must be a positive number, got {self.shift!r}")
+
+    @property
+    def approximate(self) -> bool:
+        """Whether anything differs from full compute."""
+        return any(getattr(self, f.name) is not None for f in fields(self) if f.name != "name")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for reports and saves."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object, source: str = "acceleration") -> Acceleration:
+        """Undo `to_json`; `InputError` names an unknown setting and the known ones."""
+        if not isinstance(values, dict):
+            raise InputError(f"{source} must be a JSON object of settings, got {type(values).__name__}")
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InputError(f"{source}: unknown setting {key!r}; known: {', '.join(known)}")
+        return cls(**values)
+
+
+PRESETS: dict[str, Acceleration] = {
+    "off": Acceleration(),
+    "steps-4": Acceleration("steps-4", steps=4),
+    "steps-2": Acceleration("steps-2", steps=2),
+}
+"""Named settings. "off" is full compute."""
+
+
+def resolve(value: Acceleration | str | Path) -> Acceleration:
+    """Settings from themselves, a preset's name, or a JSON file of settings."""
+    if isinstance(value, Acceleration):
+        return value
+    if str(value) in PRESETS:
+        return PRESETS[str(value)]
+    path = Path(value)
+    if path.suffix != ".json":
+        raise InputError(f"unknown acceleration {str(value)!r}; presets: {', '.join(PRESETS)}, or a .json file of settings")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read acceleration settings from {path}: {error}") from error
+    settings = Acceleration.from_json(values, str(path))
+    return settings if "name" in values else Acceleration.from_json({**values, "name": path.stem})

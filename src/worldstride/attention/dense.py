@@ -1,0 +1,28 @@
+"""Dense attention: the plain path that every other way of attending is measured against."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Attend(Protocol):
+    """How tokens attend: (q, k, v) -> output. The loop passes one to the model; the model calls nothing else."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, Nq, E], k and v [B, H, Nk, E] -> [B, H, Nq, E]; every query sees every key."""
+        ...
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, scale 1/sqrt(E): q [B, H, Nq, E], k and v [B, H, Nk, E] -> [B, H, Nq, E]."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in float64, written out: the truth in tests."""
+    score = torch.einsum("bhqe,bhke->bhqk", q.double(), k.double()) / q.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bhke->bhqe", score.softmax(-1), v.double())

@@ -1,0 +1,1 @@
+"""Measuring: quality against the truth, speed, and replay of golden cases."""

@@ -1,0 +1,105 @@
+"""The bank of finished latents with their cameras: newest on the device, older on the host, bounded in number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldstride import camera
+from worldstride.control import Action
+from worldstride.errors import InputError
+
+TURN_METRES = 1.0
+"""Metres that weigh as much as a turn by one radian when the least telling frame is sought."""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One finished latent."""
+
+    index: int
+    """Number of the latent in its world, from 0."""
+    latent: Tensor
+    """[...] in the precision the model committed."""
+    camera: Tensor
+    """[4, 4] float32, on the host."""
+    action: Action | None
+    """The action that led to it, where there was one."""
+
+
+class History:
+    """Append-only for the caller; entries are immutable, so that forks share them.
+
+    At most `limit` latents are kept: beyond that, among all but the first `sink` and the newest `hot`, the latent
+    whose neighbours in time lie nearest is let go, so that key frames of every place stay. Latents older than the
+    newest `hot` are moved to the host.
+    """
+
+    def __init__(self, limit: int = 4096, hot: int = 32, sink: int = 4, entries: tuple[Remembered, ...] = ()) -> None:
+        if limit < hot + sink + 2:
+            raise InputError(f"history limit must be at least hot + sink + 2 = {hot + sink + 2}, got {limit}")
+        self.limit, self.hot, self.sink = limit, hot, sink
+        self._entries = list(entries)
+        self._total = entries[-1].index + 1 if entries else 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def total(self) -> int:
+        """Latents ever finished, kept or not."""
+        return self._total
+
+    @property
+    def entries(self) -> tuple[Remembered, ...]:
+        """What is kept, oldest first."""
+        return tuple(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of kept latents, device and host together."""
+        return sum(e.latent.numel() * e.latent.element_size() for e in self._entries)
+
+    def fork(self) -> History:
+        """An independent history with the same entries."""
+        return History(self.limit, self.hot, self.sink, self.entries)
+
+    def append(self, latents: Tensor, cameras: Tensor, actions: tuple[Action | None, ...]) -> None:
+        """Add latents [T, ...] with cameras [T, 4, 4]."""
+        for latent, pose, action in zip(latents, cameras.cpu(), actions, strict=True):
+            self._entries.append(Remembered(self._total, latent.clone(), pose.clone(), action))
+            self._total += 1
+        cold = len(self._entries) - self.hot
+        for i in range(max(0, cold - len(latents)), max(0, cold)):
+            entry = self._entries[i]
+            if entry.latent.device.type != "cpu":
+                self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.action)
+        while len(self._entries) > self.limit:
+            del self._entries[self._least_telling()]
+
+    def _least_telling(self) -> int:
+        stop = len(self._entries) - self.hot + 1
+        poses = torch.stack([e.camera for e in self._entries[self.sink - 1 if self.sink else 0 : stop]])
+        gap = camera_distance(poses[:-1], poses[1:])
+        detour = gap[:-1] + gap[1:]  # of entry i + 1 from both neighbours
+        return int(detour.argmin()) + (self.sink if self.sink else 1)
+
+    def cameras(self, rows: slice | list[int] = slice(None)) -> Tensor:
+        """Cameras [N, 4, 4] of kept entries, by place in the bank."""
+        chosen = self._entries[rows] if isinstance(rows, slice) else [self._entries[i] for i in rows]
+        return torch.stack([e.camera for e in chosen]) if chosen else torch.empty(0, 4, 4)
+
+    def latents(self, rows: list[int], device: torch.device, shape: tuple[int, ...]) -> Tensor:
+        """Latents [N, ...] of kept entries, on the device."""
+        if not rows:
+            return torch.empty(0, *shape, device=device)
+        return torch.stack([self._entries[i].latent.to(device) for i in rows])
+
+
+def camera_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Metres between cameras [..., 4, 4] plus `TURN_METRES` per radian between their directions."""
+    moved = (a[..., :3, 3] - b[..., :3, 3]).norm(dim=-1)
+    trace = camera.relative(a, b)[..., :3, :3].diagonal(dim1=-2, dim2=-1).sum(-1)
+    return moved + TURN_METRES * ((trace - 1) / 2).clamp(-1, 1).arccos()

@@ -1,0 +1,81 @@
+"""The decision what a chunk remembers: sink, retrieved memory and recent window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldstride.context import retrieval
+from worldstride.context.history import History
+from worldstride.protocol import KINDS, ChunkShape
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What is known before a chunk, in plain numbers."""
+
+    similarity: tuple[float, ...]
+    """Pose similarity of the coming views to each retrieved latent, in [0, 1], in order of time."""
+    newest: float
+    """Pose similarity to the newest latent."""
+    candidates: int
+    """Latents that could have been retrieved."""
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """Places in the history bank that the chunk attends to, each in order of time."""
+
+    sink: tuple[int, ...]
+    memory: tuple[int, ...]
+    window: tuple[int, ...]
+    reason: str = "full compute"
+
+    @property
+    def rows(self) -> list[int]:
+        """All places: sink, memory, window."""
+        return [*self.sink, *self.memory, *self.window]
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Ranks and kinds [N] of the rows: the window ends at rank -1, memory and sink lie before it."""
+        count = len(self.rows)
+        kinds = [KINDS.index("sink")] * len(self.sink) + [KINDS.index("memory")] * len(self.memory)
+        return torch.arange(-count, 0), torch.tensor(kinds + [KINDS.index("recent")] * len(self.window))
+
+
+def select(
+    history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor,
+    window: int | None = None, memory: int | None = None,
+) -> tuple[ContextPlan, Signals]:  # fmt: skip
+    """Plan a chunk with cameras coming [F, 4, 4]; `window` and `memory` reduce what full compute would keep.
+
+    The re-imposed latents at the head of the chunk are part of the chunk, not of its context.
+    """
+    kept = len(history) - shape.clean
+    recent = min(shape.window if window is None else min(window, shape.window), kept)
+    sink = min(shape.sink, kept - recent)
+    wanted = shape.memory if memory is None else min(memory, shape.memory)
+    candidates = list(range(sink, kept - recent))
+    count = min(wanted, len(candidates))
+    newest = _similarity(history.cameras([kept - 1]), coming, points, intrinsics)[0] if kept else torch.zeros(1)
+    chosen: list[int] = []
+    similarity: tuple[float, ...] = ()
+    if count:
+        weights = _weights(history.cameras(candidates), coming, points, intrinsics)
+        valid = torch.ones(1, len(candidates), dtype=torch.bool)
+        picks = retrieval.greedy(weights, valid, count)[0].sort().values
+        chosen = [candidates[i] for i in picks.tolist()]
+        similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
+    plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)))
+    return plan, Signals(similarity, float(newest), len(candidates))
+
+
+def _weights(memory: Tensor, coming: Tensor, points: Tensor, intrinsics: Tensor) -> Tensor:
+    queries = coming.cpu().float()[[0, -1]]
+    return retrieval.coverage(queries[None], memory[None].float(), points, intrinsics)  # [1, N, S]
+
+
+def _similarity(memory: Tensor, coming: Tensor, points: Tensor, intrinsics: Tensor) -> Tensor:
+    return retrieval.similarity(_weights(memory, coming, points, intrinsics))[0]

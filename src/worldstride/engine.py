@@ -1,0 +1,171 @@
+"""An engine owns a model and its decoder on a device; it holds no rollout state, so any number of worlds share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldstride import noise as noises
+from worldstride import worlds
+from worldstride.acceleration import Acceleration, resolve
+from worldstride.camera import camera_from_pose, check_cameras
+from worldstride.context.history import History
+from worldstride.context.retrieval import frustum_points
+from worldstride.control import ControlSettings
+from worldstride.errors import InputError
+from worldstride.models.registry import find
+from worldstride.navigation import FreeNavigator, Navigator, SceneNavigator
+from worldstride.protocol import WorldModel
+from worldstride.session import Session, SessionState
+
+Weights = Literal["pretrained", "random"]
+
+
+@dataclass(frozen=True)
+class EngineSource:
+    """Where an engine's weights came from, as a save records it."""
+
+    model: str
+    path: str | None
+    weights: Weights
+    fingerprint: str
+    """SHA-256 of the weights, so that a save is never continued with others."""
+
+
+class Engine:
+    """Made by `load`. `new` starts a session in a procedural world, `open` from given frames."""
+
+    def __init__(
+        self, model: WorldModel, source: EngineSource, acceleration: Acceleration,
+        controls: ControlSettings | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.source, self.acceleration = model, source, acceleration
+        self.controls = controls or ControlSettings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
+    @property
+    def wait(self) -> Callable[[], None]:
+        """Waits for the device, so that clocks are read at the right moment; does nothing on a CPU."""
+        device = self.device
+        return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+    def new(
+        self, seed: int, noise_seed: int | None = None, family: str = "courtyard", points: Tensor | None = None
+    ) -> Session:
+        """A session in the procedural world `seed` of a family ("plain", "courtyard", "corridor").
+
+        The renderer gives the first frames, the walls and the doors; the model dreams everything after. `noise_seed`
+        defaults to `seed`. `points` [P, 3] replaces the sample points of retrieval that the seed would fix.
+        """
+        given = self.model.chunk(0).window
+        scene = worlds.scene_from_seed(family, [seed])
+        walk = worlds.sample_plain_walk if family == "plain" else worlds.sample_walk
+        pose = walk(scene, 64, noises.stream(seed, _WALK))[:, :given]
+        time = torch.arange(given, dtype=torch.float32)[None]
+        size = _frame_size(self.model)
+        frames = worlds.render(scene, pose, time, size)[0].movedim(1, -1)
+        cameras = camera_from_pose(pose)[0]
+        session = self._begin(frames, cameras, seed, noise_seed, {}, points, SceneNavigator(self.controls, scene))
+        session._state.world = (family, seed)
+        return session
+
+    def open(
+        self,
+        frames: np.ndarray | Tensor,
+        cameras: np.ndarray | Tensor,
+        prompt: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        noise_seed: int | None = None,
+        points: Tensor | None = None,
+    ) -> Session:
+        """A session that goes on from frames uint8 [F, H, W, 3] with camera-to-world matrices [F, 4, 4].
+
+        `prompt` holds encoded text states for models that take text. Raises `InputError` on a wrong frame size,
+        on cameras that are not rigid, or when their numbers differ.
+        """
+        pictures, poses = torch.as_tensor(frames), torch.as_tensor(cameras, dtype=torch.float32).cpu()
+        check_cameras(poses)
+        if len(pictures) != len(poses) or not len(poses):
+            raise InputError(f"open needs as many cameras as frames and at least one, got {len(poses)} and {len(pictures)}")
+        return self._begin(pictures, poses, seed, noise_seed, dict(prompt or {}), points, FreeNavigator(self.controls))
+
+    def _begin(
+        self, frames: Tensor, cameras: Tensor, seed: int, noise_seed: int | None, prompt: dict[str, Tensor],
+        points: Tensor | None, navigator: Navigator,
+    ) -> Session:  # fmt: skip
+        latents = self.model.decoder.encode(frames[None])[0]
+        if points is None:
+            points = frustum_points(noises.stream(seed, _POINTS))
+        shape = self.model.chunk(0)
+        per_latent = [min(len(frames), -(-(i + 1) * len(frames) // len(latents))) - 1 for i in range(len(latents))]
+        history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
+        history.append(latents, cameras[per_latent], (None,) * len(latents))
+        state = SessionState(
+            seed if noise_seed is None else noise_seed, points.float(), history, cameras[-1].clone(), frame=len(frames),
+            prompt=prompt,
+        )  # fmt: skip
+        return Session(self, state, navigator, self.acceleration)
+
+
+_POINTS, _WALK = 1, 2
+"""Streams of a session's seed."""
+
+
+def _frame_size(model: WorldModel) -> int:
+    probe = torch.zeros(1, 1, *model.latent_shape, device=model.device)
+    frames, _ = model.decoder.decode(probe, {})
+    return frames.shape[2]
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or a CUDA GPU where there is one, else the CPU; `InputError` on one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU")
+    return chosen
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if device.type == "cpu" and native is not None and native() else torch.float32
+
+
+def load(
+    name: str,
+    path: str | Path | None = None,
+    weights: Weights = "pretrained",
+    device: str | torch.device | None = None,
+    acceleration: Acceleration | str | Path = "off",
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """Load a world model.
+
+    `name` is one of `worldstride models`; `path` points at a checkpoint where the model does not ship; weights
+    "random" are seeded and measure speed, never quality. `device` defaults to a GPU where there is one, `dtype` to
+    what the device multiplies natively. Raises `InputError` on unknown names, `CheckpointError` on bad files.
+    """
+    if weights not in get_args(Weights):
+        raise InputError(f"weights must be 'pretrained' or 'random', got {weights!r}")
+    place, settings = pick_device(device), resolve(acceleration)
+    entry = find(name)
+    model, fingerprint = entry.load(None if path is None else Path(path), weights, place, dtype or pick_dtype(place))
+    source = EngineSource(entry.name, None if path is None else str(path), cast(Weights, weights), fingerprint)
+    return Engine(model, source, settings)

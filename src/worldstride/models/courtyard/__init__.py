@@ -1,0 +1,1 @@
+"""The world model that ships inside the package."""

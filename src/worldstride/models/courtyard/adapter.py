@@ -1,0 +1,115 @@
+"""The courtyard network behind the model protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldstride import camera
+from worldstride.attention import Attend
+from worldstride.control import Action
+from worldstride.denoising.schedule import shifted_sigmas
+from worldstride.models.courtyard.codec import PatchCodec
+from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry
+from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
+from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
+
+FULL_STEPS = 8
+"""Solver steps at full compute."""
+SHIFTS = {1: 1.0, 2: 2.0, 4: 2.0}
+"""Measured best schedule shifts for few steps; every other number of steps runs unshifted."""
+
+
+@dataclass(frozen=True)
+class CourtyardContext:
+    """Keys and values of remembered frames, one pair a block."""
+
+    keys_values: tuple[KeysValues, ...]
+    latents: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(t.numel() * t.element_size() for pair in self.keys_values for t in pair)
+
+
+@dataclass(frozen=True)
+class CourtyardInputs:
+    """Geometry of the coming frames, and the frames to re-impose (none in this model)."""
+
+    geometry: Geometry
+
+
+class CourtyardModel:
+    """`WorldModel` of the shipped world."""
+
+    name = "courtyard"
+
+    def __init__(self, network: CourtyardNetwork, dtype: torch.dtype) -> None:
+        self.network, self.config, self.dtype = network, network.config, dtype
+        self.device = network.place.device
+        self.decoder = PatchCodec(network.config, self.device)
+        self.intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Patches of a frame and values of a patch."""
+        return (self.config.tokens, self.config.values)
+
+    def chunk(self, k: int) -> ChunkShape:
+        """Every chunk is alike; one latent is one frame."""
+        c = self.config
+        return ChunkShape(new=c.chunk, frames=c.chunk, window=c.window, memory=c.memory, sink=c.sink)
+
+    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
+        """Euler on a shifted schedule; the shift that measured best for the number of steps unless one is given."""
+        steps = FULL_STEPS if steps is None else steps
+        return SamplerSpec(shifted_sigmas(steps, SHIFTS.get(steps, 1.0) if shift is None else shift))
+
+    def prepare(self, conditions: Conditions) -> tuple[CourtyardInputs, ...]:
+        """Rotary tables and camera features of the coming frames."""
+        cameras = conditions.cameras.to(self.device)
+        ranks = conditions.positions.to(self.device).expand(cameras.shape[:2])
+        return (CourtyardInputs(geometry(self.config, cameras, ranks, torch.zeros_like(ranks))),)
+
+    def encode_context(
+        self,
+        latents: Tensor,
+        cameras: Tensor,
+        actions: Sequence[Action],
+        positions: Tensor,
+        kinds: Tensor,
+        previous: Context | None,
+        attend: Attend,
+    ) -> CourtyardContext:
+        """One pass over all remembered frames; nothing of `previous` is kept."""
+        if latents.shape[1] == 0:
+            return CourtyardContext((), 0)
+        cameras, lead = cameras.to(self.device), latents.shape[:2]
+        where = geometry(self.config, cameras, positions.to(self.device).expand(lead), kinds.to(self.device).expand(lead))
+        clean = latents.to(self.device, self.dtype)
+        level = torch.zeros(lead[0], device=self.device)
+        written = self.network.context(clean, where, level, attend)
+        return CourtyardContext(tuple(written), lead[1])
+
+    def velocity(
+        self, x: Tensor, sigma: float, inputs: CourtyardInputs, context: Context, attend: Attend
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(x - predicted clean) / sigma; the prediction itself is captured as "clean"."""
+        if not isinstance(context, CourtyardContext):
+            raise TypeError(f"context must be a CourtyardContext, got {type(context).__name__}")
+        past = context.keys_values or (None,) * self.config.depth
+        level = torch.full((len(x),), sigma, device=self.device)
+        clean = self.network.denoise(x.to(self.dtype), inputs.geometry, level, past, attend).to(torch.float32)
+        return (x - clean) / sigma, {"clean": clean}
+
+    def clamp(self, x: Tensor, inputs: CourtyardInputs) -> Tensor:
+        """No latents are given; x as it is."""
+        return x
+
+    def commit(self, clean: Tensor, inputs: CourtyardInputs) -> Tensor:
+        """Pixels have a range and 256 levels: what is remembered (float16) is what was shown."""
+        return (((clean.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1).half()

@@ -1,0 +1,66 @@
+"""Shape of the courtyard model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from worldstride.errors import InputError
+
+CameraCode = Literal["ray", "ray_relative", "projective", "both"]
+
+
+@dataclass(frozen=True)
+class CourtyardConfig:
+    """Every number that fixes the network; stored beside the weights."""
+
+    size: int = 96
+    """Frame height and width in pixels."""
+    patch: int = 12
+    """Side of a square patch in pixels; one token a patch."""
+    width: int = 256
+    """Channels of a token."""
+    depth: int = 8
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads; width / heads channels each."""
+    chunk: int = 4
+    """Frames (= latents) generated together."""
+    memory: int = 8
+    """Retrieved single frames in the context."""
+    window: int = 8
+    """Most recent frames in the context."""
+    sink: int = 0
+    """First frames of the walk that always stay in the context."""
+    camera: CameraCode = "ray"
+    """How the camera enters attention: rotary angles of the token's ray ("ray"; "ray_relative" adds Pluecker input
+    features relative to the last camera, which ties keys to one chunk), projective attention on camera matrices
+    ("projective"), or both."""
+    refine: int = 16
+    """Channels of the convolutions after unpatchify that mend patch borders; 0 leaves them out."""
+
+    def __post_init__(self) -> None:
+        if self.size % self.patch:
+            raise InputError(f"size must be a multiple of patch, got size {self.size} and patch {self.patch}")
+        if self.width % self.heads or self.width // self.heads != 64:
+            raise InputError(f"width / heads must be 64, got width {self.width} and {self.heads} heads")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.grid**2
+
+    @property
+    def values(self) -> int:
+        """Values of a patch: 3 colours x patch x patch."""
+        return 3 * self.patch**2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads

@@ -1,0 +1,145 @@
+"""Where a token looks, as rotary angles, projective matrices and input features.
+
+Rotary angles come from the token's ray in the world and not from the image grid: azimuth and elevation of the ray,
+the point where it meets the ground, and the frame's rank in the window. Everything a *key* holds is in the world
+frame, and the input features see only the frame's own camera with its heading taken out, so a frame's keys stay
+valid from chunk to chunk; a new rank only turns the last pairs. Projective attention follows PRoPE (Li et al., 2025,
+arXiv 2507.10496): queries, keys and values are mapped by lifted camera matrices, so that a pair of tokens meets
+through P_query P_key^-1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldstride import camera, rope
+from worldstride.models.courtyard.config import CameraCode, CourtyardConfig
+
+EYE_HEIGHT = 1.0
+"""Metres from the eye plane y = 0 down to the ground."""
+FIELD_OF_VIEW = math.radians(80)
+"""Horizontal and vertical field of view that the model was trained with, radians."""
+RANK_FREQUENCIES = (1.0, 0.35, 0.12)
+"""Radians per rank of the rotary pairs that hold a frame's place in the window."""
+KIND_ANGLE = 2 * math.pi / 3
+"""Radians per kind (0 recent and new, 1 memory, 2 sink) of the last rotary pair."""
+METRES = 4.0
+"""Unit of length in the projective matrices, so that translations are of order one."""
+
+_GROUND = (0.4, 1.0, 2.2, 4.8)
+_FREQUENCIES: dict[CameraCode, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {
+    # azimuth (integers: the circle closes), elevation, ground point along x and along z (radians per metre)
+    "ray": ((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24), (1, 2, 4, 6, 8, 12, 16, 24), _GROUND),
+    "ray_relative": ((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24), (1, 2, 4, 6, 8, 12, 16, 24), _GROUND),
+    "both": ((1, 2, 3, 5, 8, 12, 16, 24), (2, 6, 12, 24), _GROUND),
+}
+_GRID = (0.1, 0.25, 0.5, 0.9, 1.5, 2.4)
+"""Radians per patch, for projective attention alone, whose rotary half sees the image grid."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the network needs to know of the cameras of F frames with n tokens each."""
+
+    features: Tensor
+    """Input features [B, F, n, f]."""
+    cos: Tensor
+    """Cosines [B, 1, F n, pairs] of the rotary angles."""
+    sin: Tensor
+    """Sines, likewise."""
+    project: Tensor | None
+    """Lifted camera matrices [B, F, 4, 4] (world to image), or None without projective attention."""
+    unproject: Tensor | None
+    """Their inverses."""
+
+
+def feature_count(config: CourtyardConfig) -> int:
+    """Width of `Geometry.features`."""
+    return 56 if config.camera == "ray_relative" else 21
+
+
+def projective_channels(config: CourtyardConfig) -> int:
+    """Channels of a head under camera matrices (a multiple of 4); the rest are rotary."""
+    return {"projective": 32, "both": 16}.get(config.camera, 0)
+
+
+def geometry(
+    config: CourtyardConfig, cameras: Tensor, ranks: Tensor, kinds: Tensor, reference: Tensor | None = None
+) -> Geometry:
+    """Geometry of cameras [B, F, 4, 4] at ranks [B, F] of kinds [B, F]; `reference` [B, 4, 4] for "ray_relative"."""
+    cameras = cameras.float()
+    intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(cameras)
+    direction = camera.rays(cameras, intrinsics, config.grid, config.grid).flatten(2, 3)  # [B, F, n, 3]
+    if config.camera == "ray_relative":
+        if reference is None:
+            raise ValueError("camera code 'ray_relative' needs the reference camera")
+        features = _relative_features(config, cameras, reference)
+    else:
+        features = _own_features(cameras, direction)
+    pairs = [_ray_angles(config, cameras, direction), _time_angles(ranks, kinds, config.tokens)]
+    angle = torch.cat(pairs, -1).flatten(1, 2)[:, None]  # [B, 1, F n, pairs]
+    project = unproject = None
+    if projective_channels(config):
+        project, unproject = _lifted(cameras, intrinsics)
+    return Geometry(features, angle.cos(), angle.sin(), project, unproject)
+
+
+def _ray_angles(config: CourtyardConfig, cameras: Tensor, direction: Tensor) -> Tensor:
+    if config.camera == "projective":
+        row = torch.arange(config.tokens, device=cameras.device) // config.grid
+        column = torch.arange(config.tokens, device=cameras.device) % config.grid
+        grid = torch.cat([rope.angles(row.float(), _GRID), rope.angles(column.float(), _GRID)], -1)  # [n, 12]
+        return grid.expand(*cameras.shape[:2], -1, -1)
+    azimuth, elevation, ground = _FREQUENCIES[config.camera]
+    x, down, z = direction.unbind(-1)  # [B, F, n] each; y points down
+    reach = EYE_HEIGHT / down.clamp_min(EYE_HEIGHT / 5)  # metres along the ray to the ground, at most 5
+    ground_x, ground_z = cameras[..., 0, 3, None] + reach * x, cameras[..., 2, 3, None] + reach * z
+    return torch.cat(
+        [
+            rope.angles(torch.atan2(x, z), azimuth),
+            rope.angles(torch.atan2(-down, x.hypot(z)), elevation),
+            rope.angles(ground_x, ground),
+            rope.angles(ground_z, ground),
+        ],
+        -1,
+    )
+
+
+def _time_angles(ranks: Tensor, kinds: Tensor, tokens: int) -> Tensor:
+    time = torch.cat([rope.angles(ranks.float(), RANK_FREQUENCIES), rope.angles(kinds.float(), (KIND_ANGLE,))], -1)
+    return time[:, :, None].expand(-1, -1, tokens, -1)  # [B, F, n, 4]
+
+
+def _own_features(cameras: Tensor, direction: Tensor) -> Tensor:
+    forward = cameras[..., :3, 2]
+    flat = forward[..., ::2] / forward[..., ::2].norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    sin, cos = flat[..., 0, None], flat[..., 1, None]
+    x, y, z = direction.unbind(-1)
+    return _harmonics(torch.stack([cos * x - sin * z, y, sin * x + cos * z], -1))
+
+
+def _relative_features(config: CourtyardConfig, cameras: Tensor, reference: Tensor) -> Tensor:
+    seen = camera.relative(cameras, reference[:, None])
+    intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(cameras)
+    direction = camera.rays(seen, intrinsics, config.grid, config.grid).flatten(2, 3)
+    origin = seen[..., None, :3, 3].expand_as(direction)
+    moment = torch.linalg.cross(origin, direction)
+    return _harmonics(torch.cat([origin[..., ::2], direction, moment], -1))
+
+
+def _harmonics(x: Tensor) -> Tensor:
+    turned = torch.cat([x, 2 * x, 4 * x], -1)
+    return torch.cat([x, turned.sin(), turned.cos()], -1)
+
+
+def _lifted(cameras: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    pose = cameras.clone()
+    pose[..., :3, 3] /= METRES
+    lift = torch.eye(4, device=cameras.device)
+    lift[:3, :3] = intrinsics
+    return lift @ camera.invert(pose), pose @ torch.linalg.inv(lift)

@@ -1,0 +1,209 @@
+"""The courtyard network: a pixel-space flow transformer with a context pass that writes keys and values.
+
+Context frames attend to each other once and leave keys and values behind; every solver step runs only the chunk's
+own tokens against them. The network predicts the clean image (Li & He, 2025, arXiv 2511.13720); the velocity
+follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldstride import rope
+from worldstride.attention import Attend
+from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.geometry import Geometry, feature_count, projective_channels
+
+KeysValues = tuple[Tensor, Tensor]
+"""One block's context: keys and values [B, heads, tokens, head_dim], positions already applied."""
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer` in the precision of x: master weights may be wider."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def norm(x: Tensor) -> Tensor:
+    """Layer norm without parameters, in float32."""
+    return F.layer_norm(x.float(), (x.shape[-1],)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, both modulated by the noise level through one table shared by all blocks."""
+
+    def __init__(self, config: CourtyardConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.projective = config.heads, projective_channels(config)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.table = nn.Parameter(torch.zeros(6, width))
+        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(config.head_dim)) for _ in range(2))
+        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, width]
+        modulation: Tensor,  # [B, 6, width]
+        cos: Tensor,  # [B, 1, N, pairs]
+        sin: Tensor,
+        project: Tensor | None,  # [B, F, 4, 4]
+        unproject: Tensor | None,
+        context: KeysValues | None,  # [B / R, heads, Nc, head_dim]: R chunks may share one context
+        attend: Attend,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens and this block's own keys and values [B, heads, N, head_dim]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table.to(x.dtype))[:, :, None].unbind(1)
+        h = norm(x) * (1 + scale1) + shift1
+        q, k, v = (linear(h, m).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
+        q, k, v = self._place(q, k, v, cos, sin, project, unproject)
+        keys, values = k, v
+        if context is not None:
+            share = x.shape[0] // context[0].shape[0]
+            past_k, past_v = (t.repeat_interleave(share, 0) if share > 1 else t for t in context)
+            keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        out = attend(q, keys, values)  # [B, heads, N, head_dim]
+        if project is not None:
+            out = self._mapped(out, project)
+        x = x + (1 + gate1) * linear(out.transpose(1, 2).flatten(2), self.o)
+        h = norm(x) * (1 + scale2) + shift2
+        x = x + (1 + gate2) * linear(F.gelu(linear(h, self.up), approximate="tanh"), self.down)
+        return x, k, v
+
+    def _place(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, project: Tensor | None, unproject: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if project is None or unproject is None:
+            return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+        p = self.projective
+        q = torch.cat([self._mapped(q[..., :p], project.mT), rope.rotate(q[..., p:], cos, sin)], -1)
+        k = torch.cat([self._mapped(k[..., :p], unproject), rope.rotate(k[..., p:], cos, sin)], -1)
+        return q, k, self._mapped(v, unproject)
+
+    def _mapped(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The first `projective` channels of x [B, heads, F n, e] by one 4x4 matrix [B, F, 4, 4] a frame."""
+        p, frames = self.projective, matrix.shape[1]
+        part = x[..., :p].unflatten(2, (frames, -1)).unflatten(-1, (-1, 4))  # [B, heads, F, n, p/4, 4]
+        part = torch.einsum("bfij,bhfngj->bhfngi", matrix.to(x.dtype), part).flatten(4).flatten(2, 3)
+        return part if x.shape[-1] == p else torch.cat([part, x[..., p:]], -1)
+
+
+class Refine(nn.Module):
+    """Small convolutions on the unpatched image; they see across patch borders, which no token does."""
+
+    def __init__(self, config: CourtyardConfig) -> None:
+        super().__init__()
+        self.patch, self.grid, channels = config.patch, config.grid, config.refine
+        self.first = nn.Conv2d(channels + 3, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = nn.Conv2d(channels, 3, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
+        """tokens [N, n, channels x patch^2] and noisy patches [N, n, 3 x patch^2] -> clean patches, likewise."""
+        x, z = (unpatchify(t, self.grid, self.patch) for t in (tokens, noisy))
+        h = torch.cat([x, z], 1).contiguous(memory_format=torch.channels_last)
+        for conv in (self.first, self.second):
+            h = F.gelu(_convolve(h, conv), approximate="tanh")
+        return patchify(x[:, :3] + _convolve(h, self.last), self.patch)
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    return F.conv2d(x, conv.weight.to(x.dtype), bias, padding=1)
+
+
+class CourtyardNetwork(nn.Module):
+    """Stateless: two passes, `context` and `denoise`."""
+
+    def __init__(self, config: CourtyardConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.clean_in, self.noisy_in = nn.Linear(config.values, width), nn.Linear(config.values, width)
+        self.camera_in = nn.Linear(feature_count(config), width)
+        self.place = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
+        self.level1, self.level2 = nn.Linear(32, width), nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final, self.final_level = nn.Parameter(torch.zeros(2, width)), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, max(config.refine, 3) * config.patch**2)
+        self.refine = Refine(config) if config.refine else None
+        self.run: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.forward
+        """What runs a block; a compiled `Block.forward` may stand in for it."""
+        for layer in (self.level2, self.final_level, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def context(self, clean: Tensor, geometry: Geometry, sigma: Tensor, attend: Attend) -> list[KeysValues]:
+        """Keys and values of context frames clean [B, F, n, values] that hold noise of level sigma [B]."""
+        x = self._tokens(clean, self.clean_in, geometry)
+        _, modulation = self._level(sigma, x.dtype)
+        written: list[KeysValues] = []
+        for block in self.blocks:
+            x, k, v = self.run(block, x, modulation, *self._tables(geometry, x.dtype), None, attend)
+            written.append((k, v))
+        return written
+
+    def denoise(
+        self, noisy: Tensor, geometry: Geometry, sigma: Tensor, context: Sequence[KeysValues | None], attend: Attend
+    ) -> Tensor:
+        """Clean patches [B, F, n, values] predicted from noisy ones of level sigma [B] against the context."""
+        x = self._tokens(noisy, self.noisy_in, geometry)
+        level, modulation = self._level(sigma, x.dtype)
+        tables = self._tables(geometry, x.dtype)
+        for block, past in zip(self.blocks, context, strict=True):
+            x, _, _ = self.run(block, x, modulation, *tables, past, attend)
+        scale, shift = (linear(level, self.final_level).unflatten(-1, (2, -1)) + self.final)[:, :, None].unbind(1)
+        x = linear(norm(x) * (1 + scale).to(x.dtype) + shift.to(x.dtype), self.out)
+        frames, tokens = noisy.shape[1:3]
+        x = x.unflatten(1, (frames, tokens)).flatten(0, 1)  # [B F, n, channels patch^2]
+        if self.refine is not None:
+            x = self.refine(x, noisy.flatten(0, 1))
+        return x.unflatten(0, (-1, frames))
+
+    def _tokens(self, patches: Tensor, layer: nn.Linear, geometry: Geometry) -> Tensor:
+        camera = linear(geometry.features.to(patches.dtype), self.camera_in)
+        return (linear(patches, layer) + camera + self.place.to(patches.dtype)).flatten(1, 2)  # [B, F n, width]
+
+    def _level(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wave = sigma.float()[:, None] * torch.exp(torch.linspace(0, 5.5, 16, device=sigma.device))
+        level = F.silu(linear(torch.cat([wave.sin(), wave.cos()], -1), self.level1))  # [B, width], float32
+        return level, linear(level, self.level2).unflatten(-1, (6, -1)).to(dtype)
+
+    @staticmethod
+    def _tables(g: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return g.cos.to(dtype), g.sin.to(dtype), g.project, g.unproject
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Images [..., C, H, W] -> patches [..., n, C patch^2], row by row."""
+    lead = images.shape[:-3]
+    channels, height, width = images.shape[-3:]
+    cells = images.reshape(-1, channels, height // patch, patch, width // patch, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(*lead, -1, channels * patch * patch)
+
+
+def unpatchify(patches: Tensor, grid: int, patch: int) -> Tensor:
+    """Patches [..., grid^2, C patch^2] -> images [..., C, grid patch, grid patch]."""
+    lead, channels = patches.shape[:-2], patches.shape[-1] // patch**2
+    cells = patches.reshape(-1, grid, grid, channels, patch, patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(*lead, channels, grid * patch, grid * patch)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(math.prod(p.shape) for p in network.parameters())

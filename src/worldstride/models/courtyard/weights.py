@@ -1,0 +1,78 @@
+"""Weights of the courtyard model: one safetensors file that knows its own configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+
+from worldstride.errors import CheckpointError, InputError
+from worldstride.models.courtyard.adapter import CourtyardModel
+from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.model import CourtyardNetwork
+
+FORMAT = "worldstride-courtyard"
+FILE = "weights.safetensors"
+
+
+def shipped() -> Path:
+    """Path of the weights inside the package; `CheckpointError` where the installation lacks them."""
+    path = Path(str(resources.files("worldstride.models.courtyard") / FILE))
+    if not path.is_file():
+        raise CheckpointError(f"the installed package holds no {FILE} for the courtyard model; reinstall it or give a path")
+    return path
+
+
+def load_courtyard(
+    path: Path | None, weights: Literal["pretrained", "random"], device: torch.device, dtype: torch.dtype
+) -> tuple[CourtyardModel, str]:
+    """Model and fingerprint: the shipped weights, another file of the same format, or seeded random ones."""
+    if weights == "random":
+        return CourtyardModel(random_network(CourtyardConfig()).to(device, dtype).eval(), dtype), "random"
+    file = shipped() if path is None else path / FILE if path.is_dir() else path
+    network, fingerprint = read_network(file)
+    return CourtyardModel(network.to(device, dtype).eval(), dtype), fingerprint
+
+
+def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
+    """Network in float32 and SHA-256 of a weights file; `CheckpointError` says what does not fit."""
+    try:
+        data = file.read_bytes()
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{file} holds no courtyard weights: format is {metadata.get('format')!r}, not {FORMAT!r}")
+        config = CourtyardConfig(**json.loads(metadata["config"]))
+        tensors = load(data)
+    except OSError as error:
+        raise CheckpointError(f"cannot read weights from {file}: {error.strerror or error}") from error
+    except (SafetensorError, KeyError, TypeError, InputError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is no valid courtyard weights file: {error}") from error
+    network = CourtyardNetwork(config).requires_grad_(False)
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+        name = wrong[0]
+        raise CheckpointError(
+            f"{file}: {len(wrong)} tensors do not fit its configuration; first {name!r}: expected "
+            f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
+    network.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return network, hashlib.sha256(data).hexdigest()
+
+
+def random_network(config: CourtyardConfig, seed: int = 0) -> CourtyardNetwork:
+    """Seeded random weights without zeroed layers, so that every part of the network takes part."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = CourtyardNetwork(config).requires_grad_(False)
+        for parameter in network.parameters():
+            if parameter.dim() >= 2 and not bool(parameter.any()):
+                parameter.normal_(std=0.02)
+    return network

@@ -1,0 +1,46 @@
+"""The models that can be loaded by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from worldstride.errors import InputError
+from worldstride.models.courtyard.weights import load_courtyard
+from worldstride.protocol import WorldModel
+
+Loader = Callable[[Path | None, Literal["pretrained", "random"], torch.device, torch.dtype], tuple[WorldModel, str]]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One loadable model, as `worldstride models` lists it."""
+
+    name: str
+    parameters: str
+    weights: str
+    """Where the weights come from."""
+    licence: str
+    load: Loader
+    """(path, weights, device, dtype) -> model and the SHA-256 of its weights."""
+
+
+MODELS: tuple[ModelEntry, ...] = (
+    ModelEntry("courtyard", "7.7 M", "in the package", "Apache-2.0", load_courtyard),
+)
+
+
+def find(name: str) -> ModelEntry:
+    """The entry of a name; `InputError` lists the known ones and the nearest."""
+    for entry in MODELS:
+        if entry.name == name:
+            return entry
+    known = [entry.name for entry in MODELS]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise InputError(f"unknown model {name!r}{hint}; known: {', '.join(known)}")

@@ -1,0 +1,206 @@
+"""What a world model must offer, and the values that pass between it and the loop.
+
+Two structures fit: models that write keys and values of remembered latents once a chunk and denoise against them,
+and models that join memory, past and new latents in one bidirectional sequence in every evaluation (their context
+is the plain latents). A model is stateless: whatever a chunk needs arrives as arguments, whatever it makes is
+returned. Shapes carry a batch dimension B of independent worlds; a session has B = 1. T counts latents, F frames.
+`worldstride.testing.check_model` checks an implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from worldstride.attention import Attend
+from worldstride.control import Action
+from worldstride.errors import InputError
+
+Kind = Literal["recent", "memory", "sink"]
+KINDS: tuple[Kind, ...] = ("recent", "memory", "sink")
+"""Kinds of context latents; their place in this tuple is their number in tensors."""
+
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """What chunk k of a model consists of."""
+
+    new: int
+    """Latents that are denoised and kept."""
+    frames: int
+    """Frames that the new latents decode to."""
+    clean: int = 0
+    """Latents at the head of the denoised sequence that are given and re-imposed after every step."""
+    window: int = 0
+    """Most recent latents at full compute."""
+    memory: int = 0
+    """Retrieved latents at full compute."""
+    sink: int = 0
+    """First latents of the world that always stay."""
+    clip: int = 1
+    """Latents of a retrieved clip."""
+
+    def __post_init__(self) -> None:
+        if self.new < 1 or self.frames < 1:
+            raise InputError(f"a chunk needs at least one new latent and frame, got {self.new} and {self.frames}")
+
+    @property
+    def latent_frames(self) -> tuple[int, ...]:
+        """For each new latent, the frame of the chunk whose camera it takes: the last of its even share."""
+        return tuple(-(-(i + 1) * self.frames // self.new) - 1 for i in range(self.new))
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How noise becomes latents."""
+
+    sigmas: tuple[float, ...]
+    """Noise levels from 1 (or just below) down to 0, one more than there are steps."""
+    solver: Literal["euler", "unipc", "renoise"] = "euler"
+    """Euler; UniPC (order 2, bh2, predicting x0); re-noising (few-step distilled models)."""
+    storage: torch.dtype = torch.float32
+    """Precision of the latents between steps."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; `prepare` then returns two branches, conditional first."""
+
+    def __post_init__(self) -> None:
+        s = self.sigmas
+        if len(s) < 2 or s[-1] != 0 or any(a <= b for a, b in zip(s, s[1:], strict=False)) or s[0] > 1:
+            raise InputError(f"sigmas must fall strictly from at most 1 to 0 with at least one step, got {s}")
+
+    @property
+    def steps(self) -> int:
+        """Solver steps."""
+        return len(self.sigmas) - 1
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the coming chunk is conditioned on."""
+
+    index: int
+    """Number of the chunk, from 0."""
+    cameras: Tensor
+    """Cameras of the chunk's latents [B, T, 4, 4], the re-imposed ones first."""
+    frame_cameras: Tensor
+    """Cameras of the chunk's frames [B, F, 4, 4]."""
+    intrinsics: Tensor
+    """Normalised intrinsics [3, 3]."""
+    actions: tuple[Action, ...] = ()
+    """One action a frame, where the chunk is steered by actions."""
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Ranks [T] of the chunk's latents; the first new latent has rank 0."""
+    clean: Tensor | None = None
+    """Latents to re-impose [B, clean, ...], or None."""
+    prompt: Mapping[str, Tensor] = field(default_factory=dict)
+    """Encoded prompt, as the model's `encode_prompt` made it; empty for models without text."""
+
+
+class Context(Protocol):
+    """What the model made of the remembered latents: opaque, but it knows its size."""
+
+    @property
+    def latents(self) -> int:
+        """Remembered latents in it."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it holds."""
+        ...
+
+
+Inputs = Any
+"""What `prepare` made of the conditions, once a chunk; opaque to the loop."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Latents to frames and back, streaming: the caller carries the state."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames uint8 [B, F, H, W, 3] -> latents [B, T, ...]; raises `InputError` on another frame size."""
+        ...
+
+    def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """New latents [B, T, ...] and the state after the ones before -> frames uint8 [B, F, H, W, 3], new state.
+
+        The state of a fresh world is empty. Decoding chunk by chunk equals decoding at once.
+        """
+        ...
+
+
+@runtime_checkable
+class WorldModel(Protocol):
+    """A world model as the loop sees it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent, without batch and time."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        ...
+
+    @property
+    def intrinsics(self) -> Tensor:
+        """Normalised intrinsics [3, 3] that the model was made for."""
+        ...
+
+    @property
+    def decoder(self) -> Decoder:
+        """The codec of its latents."""
+        ...
+
+    def chunk(self, k: int) -> ChunkShape:
+        """What chunk k (from 0) consists of."""
+        ...
+
+    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
+        """The sampler at full compute, or with other steps or shift; `InputError` where the model allows neither."""
+        ...
+
+    def prepare(self, conditions: Conditions) -> tuple[Inputs, ...]:
+        """Everything of a chunk that does not change from step to step; one value for each guidance branch."""
+        ...
+
+    def encode_context(
+        self,
+        latents: Tensor,
+        cameras: Tensor,
+        actions: Sequence[Action],
+        positions: Tensor,
+        kinds: Tensor,
+        previous: Context | None,
+        attend: Attend,
+    ) -> Context:
+        """Context of remembered latents [B, N, ...] with cameras [B, N, 4, 4], ranks [N] and kinds [N] (see `KINDS`).
+
+        `previous` is the last chunk's context, from which a model may keep what is still valid; None makes it all anew.
+        """
+        ...
+
+    def velocity(
+        self, x: Tensor, sigma: float, inputs: Inputs, context: Context, attend: Attend
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Velocity (noise - clean) [B, T, ...] at x, and what was captured on the way (may be empty)."""
+        ...
+
+    def clamp(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """x with the given latents re-imposed; called on the first noise and after every step."""
+        ...
+
+    def commit(self, clean: Tensor, inputs: Inputs) -> Tensor:
+        """The new latents [B, new, ...] to remember, from the finished sequence [B, T, ...]."""
+        ...

@@ -1,0 +1,41 @@
+"""What a chunk's report says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from worldstride.context.selection import ContextPlan, Signals
+from worldstride.denoising import Evaluation
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What was decided for a chunk, from which signal, and what it cost."""
+
+    index: int
+    """Number of the chunk, from 0."""
+    first_frame: int
+    """Number of its first frame in the world."""
+    frames: int
+    acceleration: str
+    """Name of the settings in force."""
+    signals: Signals
+    context: ContextPlan
+    context_latents: int
+    context_bytes: int
+    """Bytes of the encoded context."""
+    steps_reason: str
+    evaluations: tuple[Evaluation, ...]
+    seconds: dict[str, float]
+    """Wall time of each stage: control, select, context, denoise, decode, total."""
+    history_latents: int
+    history_bytes: int
+
+    @property
+    def frames_per_second(self) -> float:
+        """Frames made in a second of wall time."""
+        return self.frames / max(self.seconds["total"], 1e-9)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {**asdict(self), "frames_per_second": self.frames_per_second}

@@ -1,0 +1,117 @@
+"""Sessions to files and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldstride import worlds
+from worldstride.acceleration import Acceleration
+from worldstride.context.history import History, Remembered
+from worldstride.control import Action, ControlSettings
+from worldstride.engine import Engine, EngineSource, load
+from worldstride.errors import SaveFileError, WorldstrideError
+from worldstride.navigation import FreeNavigator, SceneNavigator
+from worldstride.savefile import read_save, write_save
+from worldstride.session import Session, SessionState
+
+
+def save_session(engine: Engine, state: SessionState, acceleration: Acceleration, path: str | Path) -> None:
+    """Write everything that `open_session` needs, atomically."""
+    entries = state.history.entries
+    tensors = {
+        "latents": torch.stack([e.latent.cpu() for e in entries]),
+        "cameras": torch.stack([e.camera for e in entries]),
+        "camera": state.camera,
+        "points": state.points,
+        **{f"decoder.{k}": v.cpu() for k, v in state.decoder.items()},
+        **{f"prompt.{k}": v.cpu() for k, v in state.prompt.items()},
+    }
+    if state.intrinsics is not None:
+        tensors["intrinsics"] = state.intrinsics
+    history = state.history
+    header = {
+        "engine": {**asdict(engine.source), "dtype": _dtype_name(engine)},
+        "controls": asdict(engine.controls),
+        "acceleration": acceleration.to_json(),
+        "noise_seed": state.noise_seed,
+        "chunk": state.chunk,
+        "frame": state.frame,
+        "world": state.world,
+        "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink},
+        "indices": [e.index for e in entries],
+        "actions": [None if e.action is None else e.action.to_json() for e in entries],
+    }
+    write_save(path, header, tensors)
+
+
+def open_session(path: str | Path, device: str | torch.device | None = None, engine: Engine | None = None) -> Session:
+    """The session saved at `path`, ready to go on; on the same kind of device it goes on bit for bit.
+
+    The engine is loaded as it was unless one is given (to share it). Raises `SaveFileError` on foreign or damaged
+    files and where the weights differ from those of the save.
+    """
+    header, tensors = read_save(path)
+    try:
+        facts = dict(header["engine"])
+        dtype = getattr(torch, facts.pop("dtype"))
+        source = EngineSource(**facts)
+        if engine is None:
+            engine = load(source.model, source.path, source.weights, device, dtype=dtype)
+            engine.controls = ControlSettings(**_tuples(header["controls"]))
+        if engine.source.fingerprint != source.fingerprint:
+            raise SaveFileError(
+                f"{path} was saved with other weights of {source.model!r} (SHA-256 {source.fingerprint[:12]}...) than "
+                f"the loaded ones ({engine.source.fingerprint[:12]}...); load those to go on"
+            )
+        state = _state(header, tensors, engine)
+        acceleration = Acceleration.from_json(header["acceleration"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, WorldstrideError):
+            raise
+        raise SaveFileError(f"{path} is no complete session: {type(error).__name__} {error}") from error
+    if state.world is None:
+        navigator = FreeNavigator(engine.controls)
+    else:
+        family, seed = state.world
+        navigator = SceneNavigator(engine.controls, worlds.scene_from_seed(family, [seed]))
+    return Session(engine, state, navigator, acceleration)
+
+
+def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Engine) -> SessionState:
+    rows = zip(header["indices"], tensors["latents"], tensors["cameras"], header["actions"], strict=True)
+    bank = header["history"]
+    hot = len(header["indices"]) - int(bank["hot"])
+    entries = tuple(
+        Remembered(
+            int(index), latent if i < hot else latent.to(engine.device), pose,
+            None if action is None else Action.from_json(action),
+        )  # fmt: skip
+        for i, (index, latent, pose, action) in enumerate(rows)
+    )
+    world = header["world"]
+    return SessionState(
+        noise_seed=int(header["noise_seed"]),
+        points=tensors["points"],
+        history=History(int(bank["limit"]), int(bank["hot"]), int(bank["sink"]), entries),
+        camera=tensors["camera"],
+        chunk=int(header["chunk"]),
+        frame=int(header["frame"]),
+        decoder={k.removeprefix("decoder."): v.to(engine.device) for k, v in tensors.items() if k.startswith("decoder.")},
+        prompt={k.removeprefix("prompt."): v.to(engine.device) for k, v in tensors.items() if k.startswith("prompt.")},
+        intrinsics=tensors.get("intrinsics"),
+        world=None if world is None else (str(world[0]), int(world[1])),
+    )
+
+
+def _dtype_name(engine: Engine) -> str:
+    return str(getattr(engine.model, "dtype", torch.float32)).removeprefix("torch.")
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

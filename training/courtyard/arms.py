@@ -1,0 +1,80 @@
+"""Short runs of variants of the model, one a GPU, side by side: which camera code, width, sink, refinement to keep.
+
+`python training/courtyard/arms.py --out OUT --minutes 3` starts one `train.py` a variant and writes `OUT/arms.json`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "ray": (),
+    "ray_relative": ("--model.camera", "ray_relative"),
+    "projective": ("--model.camera", "projective"),
+    "both": ("--model.camera", "both"),
+    "ray, no refinement": ("--model.refine", "0"),
+    "ray, sink 4 for 4 of the memory": ("--model.sink", "4", "--model.memory", "4"),
+    "ray, width 320 x 5": ("--model.width", "320", "--model.heads", "5", "--model.depth", "5"),
+    "ray, window 12": ("--model.window", "12"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run."""
+
+    out: Path = Path("out/arms")
+    minutes: float = 3.0
+    """Length of each run after compilation."""
+    batch: int = 128
+    compile_cache: Path | None = None
+    smoke: bool = False
+
+
+def main() -> None:
+    """Command line."""
+    s = tyro.cli(Settings, description=__doc__)
+    script = Path(__file__).with_name("train.py")
+    gpus = max(1, torch.cuda.device_count())
+    running = []
+    for i, (name, extra) in enumerate(ARMS.items()):
+        out = s.out / f"arm{i}"
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(script), "--out", str(out), "--minutes", str(s.minutes), "--batch", str(s.batch)]
+        command += ["--quick", "3", "--courtyard-pool", "768", *extra]
+        if s.compile_cache is not None:
+            command += ["--compile-cache", str(s.compile_cache)]
+        if s.smoke:
+            command += ["--smoke"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(i % gpus)}
+        log = (out / "log.txt").open("w")
+        running.append((name, out, extra, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
+    results = []
+    for name, out, extra, process in running:
+        code = process.wait()
+        last = (out / "log.txt").read_text().splitlines()[-3:]
+        print(name, "exit", code, *last, sep="\n  ", flush=True)
+        if code == 0:
+            facts = json.loads((out / "training.json").read_text())
+            results.append({"name": name, "arguments": list(extra), **facts})
+    summary = {
+        "command": "python training/courtyard/arms.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "arms": results,
+    }
+    (s.out / "arms.json").write_text(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()

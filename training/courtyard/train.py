@@ -1,0 +1,334 @@
+"""Train the courtyard model. One GPU: `python training/courtyard/train.py`; several: `torchrun --nproc-per-node N ...`.
+
+Flow matching on rendered walks: context frames (lightly noised, memory sometimes random or missing, late in training
+partly the model's own earlier predictions) are encoded once; several target chunks at different times and noise
+levels are denoised against them. Everything is rendered while training; nothing is read from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from checkpoint import flat_state, load_state, part, save_state, save_weights
+from data import Batch, ContextKind, Pool
+from optimizer import Optimizer
+from quick import Quick
+from torch import Tensor
+
+from worldstride import worlds
+from worldstride.attention import attend
+from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.geometry import geometry
+from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run; the defaults are those of the shipped weights."""
+
+    out: Path = Path("out/training")
+    """Where weights, state and log go."""
+    model: CourtyardConfig = field(default_factory=CourtyardConfig)
+    minutes: float = 14.0
+    """Length of the run after compilation; the learning rate follows it."""
+    steps: int = 1_000_000
+    """Most optimiser steps; whichever of the two ends first."""
+    batch: int = 128
+    """Contexts a GPU a step."""
+    targets: int = 3
+    """Target chunks against one context."""
+    matrix_rate: float = 0.02
+    """Muon's learning rate."""
+    rate: float = 2e-3
+    """AdamW's learning rate."""
+    decay: float = 0.6
+    """Share of the run over which the rates fall linearly to 1 %."""
+    average: float = 0.999
+    """Decay of the averaged weights."""
+    plain_share: float = 0.45
+    """Share of steps on plain static courts; the rest on courts with rooms and moving things."""
+    plain_pool: int = 4096
+    """Plain worlds held a GPU (64 frames each)."""
+    courtyard_pool: int = 1024
+    """Full worlds held a GPU (256 frames each)."""
+    refresh_every: int = 12
+    """Steps between renderings of `refresh_plain` and `refresh_courtyard` new worlds."""
+    refresh_plain: int = 64
+    refresh_courtyard: int = 16
+    random_memory: float = 0.15
+    """Share of contexts whose memory is random frames."""
+    own_from: float = 0.4
+    """Point of the run from which contexts may hold the model's own predictions."""
+    own_share: float = 0.5
+    """Share of such contexts."""
+    quick: int = 4
+    """Evaluations on held-out plain courts during the run."""
+    state_minutes: float = 5.0
+    """Minutes between saved states."""
+    resume: Path | None = None
+    """Folder of a saved state to go on from."""
+    compile_cache: Path | None = None
+    """File of compiled kernels to start from; written to `out` at the end in any case."""
+    seed: int = 0
+    smoke: bool = False
+    """A few steps of a tiny model on the CPU, to see that everything runs."""
+    compile: bool = True
+
+    def for_smoke(self) -> Settings:
+        """The same run in miniature."""
+        tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=4, memory=2, window=2)
+        return replace(
+            self, model=tiny, minutes=5, steps=6 if self.steps > 100 else self.steps, batch=2, plain_pool=2, courtyard_pool=1,
+            refresh_plain=1, refresh_courtyard=1, refresh_every=3, quick=1, compile=False, own_from=0.0,
+        )  # fmt: skip
+
+
+def context_kinds(config: CourtyardConfig) -> list[ContextKind]:
+    """Contexts that training mixes: full ones most often, and fewer memory or recent frames, and none."""
+    full = ContextKind(config.memory, config.window, config.sink)
+    half_memory, half_window = replace(full, memory=config.memory // 2), replace(full, window=config.window // 2)
+    return [full] * 6 + [replace(full, memory=0), half_memory, half_window]
+
+
+class Group:
+    """The processes of a run: gradients are averaged, decisions follow rank 0."""
+
+    def __init__(self) -> None:
+        self.many = "RANK" in __import__("os").environ
+        self.cuda = torch.cuda.is_available()
+        if self.many:
+            dist.init_process_group("nccl" if self.cuda else "gloo")
+        self.rank = dist.get_rank() if self.many else 0
+        self.size = dist.get_world_size() if self.many else 1
+        self.device = torch.device("cuda", self.rank % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+
+    def average_gradients(self, parameters: list[Tensor]) -> None:
+        """Mean over all processes, in one message."""
+        if not self.many:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat, dist.ReduceOp.SUM)
+        flat /= self.size
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(parts, grads, strict=True)])
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, everywhere."""
+        if not self.many:
+            return value
+        tensor = torch.tensor([value], device=self.device, dtype=torch.float64)
+        dist.broadcast(tensor, 0)
+        return float(tensor)
+
+
+class Trainer:
+    """One process's share of a run."""
+
+    def __init__(self, settings: Settings, group: Group) -> None:
+        self.s, self.group, self.device = settings, group, group.device
+        self.dtype = torch.bfloat16 if group.cuda else torch.float32
+        self.born = time.perf_counter()
+        torch.manual_seed(settings.seed)
+        config = settings.model
+        self.network = CourtyardNetwork(config).to(self.device)
+        self.averaged = CourtyardNetwork(config).to(self.device).requires_grad_(False)
+        self.averaged.load_state_dict(self.network.state_dict())
+        self.optimizer = Optimizer(self.network, settings.matrix_rate, settings.rate)
+        self.step, self.progress = 0, 0.0
+        if settings.resume is not None:
+            self._resume(settings.resume)
+        # generators of the training worlds never meet those of single seeded worlds, which live on the CPU
+        self.generator = torch.Generator(self.device).manual_seed(2**40 + 1000 * settings.seed + group.rank + 7919 * self.step)
+        self.log(f"{parameter_count(self.network) / 1e6:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
+        compiled = settings.compile and group.cuda
+        trace = torch.compile(worlds.trace, dynamic=False) if compiled else worlds.trace
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64
+            if settings.compile_cache is not None and settings.compile_cache.exists():
+                torch.compiler.load_cache_artifacts(settings.compile_cache.read_bytes())
+            self.network.run = torch.compile(Block.forward, dynamic=False)
+        sizes = {"plain": (settings.plain_pool, settings.refresh_plain), "courtyard": (settings.courtyard_pool, settings.refresh_courtyard)}
+        self.pools: dict[str, Pool] = {}
+        for family, (size, fresh) in sizes.items():
+            frames = 24 if settings.smoke else None
+            self.pools[family] = Pool(family, size, fresh, config, self.generator, trace, frames)
+            self._wait()
+            self.log(f"pool {family}: {size} worlds")
+        self.kinds = context_kinds(config)
+        # the order of kinds and families is the same in every process, so that all compile the same shapes at once
+        self.order = torch.Generator().manual_seed(settings.seed + self.step)
+        self.quick = Quick(config, self.device, worlds=8 if settings.smoke else 256, smoke=settings.smoke)
+        self.history: list[dict[str, float]] = []
+
+    def log(self, *words: object) -> None:
+        """Print on rank 0, with seconds since the start."""
+        if self.group.rank == 0:
+            print(f"[{time.perf_counter() - self.born:7.1f}]", *words, flush=True)
+
+    def _wait(self) -> None:
+        if self.group.cuda:
+            torch.cuda.synchronize()
+
+    def _resume(self, folder: Path) -> None:
+        tensors, facts = load_state(folder)
+        self.network.load_state_dict(part(tensors, "network"))
+        self.averaged.load_state_dict(part(tensors, "average"))
+        self.optimizer.load_state({k: v.to(self.device) for k, v in part(tensors, "moment").items()})
+        self.step, self.progress = int(str(facts["step"])), float(str(facts["progress"]))
+
+    def run(self) -> None:
+        """Train to the end of the schedule."""
+        s, begin, done_before = self.s, None, self.progress
+        marks = [done_before + (1 - done_before) * (i + 1) / s.quick for i in range(s.quick)]
+        saved = time.perf_counter()
+        first = self.step
+        while True:
+            if self.step == first + 20:  # every shape has been seen by then
+                self._wait()
+                begin = time.perf_counter()
+                self.log("warm")
+            if self.step % 20 == 0:
+                elapsed = 0.0 if begin is None else (time.perf_counter() - begin) / (60 * s.minutes)
+                self.progress = self.group.agree(max(done_before + elapsed * (1 - done_before), self.step / s.steps))
+            self.progress = max(self.progress, self.step / s.steps)
+            if self.progress >= 1:
+                break
+            if marks and self.progress >= marks[0]:
+                marks.pop(0)
+                self._evaluate()
+            if self.step % s.refresh_every == s.refresh_every - 1:
+                for pool in self.pools.values():
+                    pool.refresh()
+            facts = self.train_step(self.step - first)
+            self.step += 1
+            if self.step % 100 == 0 or self.step - first in (1, 4, 20):
+                self._report(facts, begin, first)
+            if self.group.rank == 0 and time.perf_counter() - saved > 60 * s.state_minutes:
+                self._save_state()
+                saved = time.perf_counter()
+        self._evaluate()
+        self._finish(begin, first)
+
+    def train_step(self, since: int) -> dict[str, Tensor | float]:
+        """One optimiser step; `since` counts from the start of this process."""
+        s = self.s
+        choice = torch.rand(2, generator=self.order)
+        kind = self.kinds[since % len(self.kinds)] if since < 16 else self.kinds[int(choice[0] * len(self.kinds))]
+        family = "plain" if float(choice[1]) < s.plain_share else "courtyard"
+        pool, own = self.pools[family], s.own_share if self.progress > s.own_from else 0.0
+        if self.progress > s.own_from - 0.1:
+            for each in self.pools.values():
+                each.own = each.patches.clone() if each.own is None else each.own
+        batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own)
+        sigma, predicted, target = self._predict(batch)
+        error = (predicted.float() - target.float()).square().mean((2, 3, 4))  # [B, R]
+        loss = (error / sigma.clamp_min(0.1)).mean()
+        loss.backward()
+        self.group.average_gradients(list(self.network.parameters()))
+        rate = min(1.0, (since + 1) / 150) * min(1.0, max(0.01, (1 - self.progress) / s.decay))
+        norm = self.optimizer.step(rate)
+        with torch.no_grad():
+            weight = 1 - min(s.average, (self.step + 1) / (self.step + 11))
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), weight)
+            if pool.own is not None:
+                self._keep(pool.own, batch, predicted, sigma)
+        return {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm, "rate": rate}
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise context and targets, predict: noise levels [B, R], predicted and true patches [B, R, C, n, values]."""
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, device=self.device, generator=self.generator)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=self.device, generator=self.generator)
+
+        config, (b, r) = self.s.model, batch.target.shape[:2]
+        context, target = (t.to(self.dtype) / 127.5 - 1 for t in (batch.context, batch.target))
+        level = 0.25 * uniform(b).square() * (uniform(b) < 0.7)  # context noise
+        wide = level[:, None, None, None]
+        context = ((1 - wide) * context + wide * normal(*context.shape)).to(self.dtype)
+        clean = torch.sigmoid(1.2 * normal(b, r) - 0.6).clamp_max(0.95)
+        sigma = 1 - torch.where(uniform(b, r) < 0.1, 0.02 * uniform(b, r), clean)
+        wide = sigma[..., None, None, None]
+        noisy = ((1 - wide) * target + wide * normal(*target.shape)).to(self.dtype)
+        # the last recent frame stands for the whole context in the one code that is relative to a camera
+        reference = batch.context_cameras[:, -1]
+        past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds, reference)
+        written = self.network.context(context, past, level, attend)
+        flat = [t.flatten(0, 1) for t in (batch.target_cameras, batch.target_ranks, noisy)]
+        coming = geometry(config, flat[0], flat[1], torch.zeros_like(flat[1]), reference.repeat_interleave(r, 0))
+        predicted = self.network.denoise(flat[2], coming, sigma.flatten(), written, attend)
+        return sigma, predicted.unflatten(0, (b, r)), target
+
+    @staticmethod
+    def _keep(own: Tensor, batch: Batch, predicted: Tensor, sigma: Tensor) -> None:
+        """Predictions from moderate noise become later contexts, so that drifted pasts are in distribution."""
+        old = own[batch.walks[:, None], batch.target_frames]  # [B, R C, n, values]
+        new = ((predicted.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).flatten(1, 2)
+        keep = (sigma < 0.8).repeat_interleave(predicted.shape[2], 1)[..., None, None]
+        own[batch.walks[:, None], batch.target_frames] = torch.where(keep, new, old)
+
+    def _report(self, facts: dict[str, Tensor | float], begin: float | None, first: int) -> None:
+        values = {k: float(v) for k, v in facts.items()}
+        pace = (self.step - first - 20) / (time.perf_counter() - begin) if begin else 0.0
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.group.cuda else 0.0
+        self.history.append({"step": self.step, "progress": self.progress, **values})
+        self.log(
+            f"step {self.step} {100 * self.progress:.1f} % loss {values['loss']:.4f} mse {values['error']:.4f} "
+            f"norm {values['norm']:.2f} rate {values['rate']:.3f} {pace:.2f} steps/s {peak:.1f} GiB"
+        )
+
+    def _evaluate(self) -> None:
+        if self.group.rank == 0:
+            scores = self.quick.score(self.averaged)
+            self.history.append({"step": self.step, "progress": self.progress, **scores})
+            self.log("QUICK", {k: round(v, 2) for k, v in scores.items()})
+
+    def _facts(self) -> dict[str, object]:
+        settings = {k: (str(v) if isinstance(v, Path) else v) for k, v in asdict(self.s).items()}
+        return {"step": self.step, "progress": self.progress, "processes": self.group.size, "settings": settings}
+
+    def _save_state(self) -> None:
+        save_state(self.s.out / "state", flat_state(self.network, self.averaged, self.optimizer.state()), self._facts())
+        save_weights(self.s.out / "weights.safetensors", self.averaged, self.s.model, self._facts())
+
+    def _finish(self, begin: float | None, first: int) -> None:
+        if self.group.rank:
+            return
+        self._wait()
+        seconds = time.perf_counter() - (begin or self.born)
+        name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
+        facts = {
+            **self._facts(), "seconds": seconds, "device": name, "torch": torch.__version__,
+            "contexts": (self.step - first) * self.s.batch * self.group.size, "history": self.history,
+        }  # fmt: skip
+        self._save_state()
+        (self.s.out / "training.json").write_text(json.dumps(facts, indent=1))
+        if self.group.cuda and self.s.compile:
+            artifacts = torch.compiler.save_cache_artifacts()
+            if artifacts is not None:
+                (self.s.out / "compile_cache.bin").write_bytes(artifacts[0])
+        self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
+
+
+def main() -> None:
+    """Command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    group = Group()
+    Trainer(settings.for_smoke() if settings.smoke else settings, group).run()
+    if group.many:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
