@@ -94,11 +94,11 @@ def test_bad_requests_say_what_would_be_right() -> None:
 def test_plain_statistics() -> None:
     scene = sample_plain(4000, generator=generator())
     half = scene.rooms[:, 0, 1]
-    assert 3.4 <= float(half.min()) and float(half.max()) <= 4.4 and abs(float(half.mean()) - 3.9) < 0.02
-    assert 0.16 <= float(scene.pillar[..., 2].min()) and float(scene.pillar[..., 2].max()) <= 0.42
-    assert 1.7 <= float(scene.wall_x[..., 3].min()) and float(scene.wall_x[..., 3].max()) <= 2.7
+    assert float(half.min()) >= 3.4 and float(half.max()) <= 4.4 and abs(float(half.mean()) - 3.9) < 0.02
+    assert float(scene.pillar[..., 2].min()) >= 0.16 and float(scene.pillar[..., 2].max()) <= 0.42
+    assert float(scene.wall_x[..., 3].min()) >= 1.7 and float(scene.wall_x[..., 3].max()) <= 2.7
     assert torch.equal(scene.pillar[..., :2].abs() <= (half - 0.7)[:, None, None], torch.ones(4000, 4, 2) > 0)
-    assert 0 <= float(scene.colours.min()) and float(scene.colours.max()) <= 1
+    assert float(scene.colours.min()) >= 0 and float(scene.colours.max()) <= 1
     sides = torch.stack([(scene.painting[..., 0] == s).float().mean() for s in (2, 3, 6, 7)])
     assert torch.allclose(sides, torch.full((4,), 0.25), atol=0.02)
 
@@ -120,7 +120,9 @@ def test_directions_agree_with_the_camera_module() -> None:
 
 def test_distances_and_identities_of_walls_floor_and_sky() -> None:
     scene = empty_court()
-    _, distance, surface = trace(scene, look(scene, 1.0, 0.5, math.pi / 2), torch.zeros(1, 1), 95, torch.zeros(2))
+    _, distance, surface = trace(
+        scene, look(scene, 1.0, 0.5, math.pi / 2), torch.zeros(1, 1), 95, torch.zeros(2)
+    )
     middle = distance[0, 0, 47, 47]
     assert middle == pytest.approx(3.0, abs=1e-4)
     assert int(surface[0, 0, 47, 47]) in (scene.surfaces.wall_x + 1, *range(scene.surfaces.painting, 99))
@@ -223,14 +225,19 @@ def test_covisible_is_reflexive_and_blind_backwards() -> None:
     itself = covisible(scene, pose, time, pose, time)
     assert itself.shape == (3, 6, 6, 48, 48) and itself.dtype == torch.bool
     assert float(itself.diagonal(0, 1, 2).float().mean()) > 0.999
-    away = pose + torch.tensor([0, 0, math.pi, 0])
-    assert not bool(covisible(scene, pose * torch.tensor([1.0, 1, 1, 0]), time, away * torch.tensor([1.0, 1, 1, 0]), time).diagonal(0, 1, 2).any())  # fmt: skip
+    level = pose * torch.tensor([1.0, 1, 1, 0])
+    away = level + torch.tensor([0, 0, math.pi, 0])
+    assert not bool(covisible(scene, level, time, away, time).diagonal(0, 1, 2).any())
 
 
 def test_walls_block_covisibility() -> None:
     scene = empty_court()
     blocked = Scene(**{**tensors(scene), "wall_x": torch.tensor([[[4.0, -4, 4, 2], [0, -4, 4, 5]]])})
-    left, right, time = look(scene, -2.0, 0.0, math.pi / 2), look(scene, 2.0, 0.0, math.pi / 2), torch.zeros(1, 1)
+    left, right, time = (
+        look(scene, -2.0, 0.0, math.pi / 2),
+        look(scene, 2.0, 0.0, math.pi / 2),
+        torch.zeros(1, 1),
+    )
     assert float(covisible(scene, right, time, left, time).float().mean()) > 0.5
     assert not bool(covisible(blocked, right, time, left, time).any())
 
@@ -258,15 +265,16 @@ def test_walks_keep_clear_of_walls_and_things(family: str) -> None:
     time = torch.arange(256.0).expand(64, 256)
     assert bool(is_free(pose[..., :2], free_rectangles(scene, 0.1, time), 0.1).all())
     assert float(pose[..., 3].abs().max()) <= math.radians(20)
-    if family == "plain":  # a plain court may hold a pillar so near a wall that a walk is squeezed into its rim
+    if (
+        family == "plain"
+    ):  # a plain court may hold a pillar so near a wall that a walk is squeezed into its rim
         return
     centre, radius = obstacles(scene)
     gap = (pose[:, :, None, :2] - centre[:, None]).norm(dim=-1) - radius[:, None]
     assert float(gap.min()) > 0.1
     step = (pose[:, 1:, :2] - pose[:, :-1, :2]).norm(dim=-1)
-    local = step.amax(1) > 0.3  # spins and keys near a thing may be pushed far in one frame
-    assert float(step.mean()) < 0.15 and float(local.float().mean()) < 0.1
-    assert float((pose[:, 1:, 2] - pose[:, :-1, 2]).abs().max()) < 0.19
+    assert float(step.mean()) < 0.1 and float(step.max()) < 0.4 and float((step > 0.16).float().mean()) < 0.02
+    assert float((pose[:, 1:, 2] - pose[:, :-1, 2]).abs().max()) < 0.15
 
 
 def test_journeys_visit_rooms_and_come_back() -> None:
@@ -276,7 +284,7 @@ def test_journeys_visit_rooms_and_come_back() -> None:
     outside = (pose[..., 0].abs() > court[..., 1]) | (pose[..., 1].abs() > court[..., 1])  # [B, n]
     assert 0.5 < float(outside.any(1).float().mean()) < 0.9
     crossings = (outside[:, 1:] != outside[:, :-1]).sum(1)
-    assert float(crossings.float().mean()) > 1.5
+    assert float(crossings.float().mean()) > 1.2
 
 
 def test_plain_walk_kinds() -> None:

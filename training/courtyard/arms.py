@@ -50,7 +50,7 @@ def main() -> None:
         out = s.out / f"arm{i}"
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(script), "--out", str(out), "--minutes", str(s.minutes), "--batch", str(s.batch)]
-        command += ["--quick", "3", "--courtyard-pool", "768", *extra]
+        command += ["--quick", "2", "--plain-pool", "3072", "--courtyard-pool", "640", *extra]
         if s.compile_cache is not None:
             command += ["--compile-cache", str(s.compile_cache)]
         if s.smoke:

@@ -8,6 +8,8 @@ levels are denoised against them. Everything is rendered while training; nothing
 from __future__ import annotations
 
 import json
+import lzma
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,7 +41,7 @@ class Settings:
     """Length of the run after compilation; the learning rate follows it."""
     steps: int = 1_000_000
     """Most optimiser steps; whichever of the two ends first."""
-    batch: int = 128
+    batch: int = 96
     """Contexts a GPU a step."""
     targets: int = 3
     """Target chunks against one context."""
@@ -74,7 +76,7 @@ class Settings:
     resume: Path | None = None
     """Folder of a saved state to go on from."""
     compile_cache: Path | None = None
-    """File of compiled kernels to start from; written to `out` at the end in any case."""
+    """File of compiled kernels (xz) to start from; written to `out` at the end in any case."""
     seed: int = 0
     smoke: bool = False
     """A few steps of a tiny model on the CPU, to see that everything runs."""
@@ -82,7 +84,7 @@ class Settings:
 
     def for_smoke(self) -> Settings:
         """The same run in miniature."""
-        tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=4, memory=2, window=2)
+        tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=2)
         return replace(
             self, model=tiny, minutes=5, steps=6 if self.steps > 100 else self.steps, batch=2, plain_pool=2, courtyard_pool=1,
             refresh_plain=1, refresh_courtyard=1, refresh_every=3, quick=1, compile=False, own_from=0.0,
@@ -100,7 +102,7 @@ class Group:
     """The processes of a run: gradients are averaged, decisions follow rank 0."""
 
     def __init__(self) -> None:
-        self.many = "RANK" in __import__("os").environ
+        self.many = "RANK" in os.environ
         self.cuda = torch.cuda.is_available()
         if self.many:
             dist.init_process_group("nccl" if self.cuda else "gloo")
@@ -154,7 +156,9 @@ class Trainer:
         if compiled:
             torch._dynamo.config.recompile_limit = 64
             if settings.compile_cache is not None and settings.compile_cache.exists():
-                torch.compiler.load_cache_artifacts(settings.compile_cache.read_bytes())
+                torch.compiler.load_cache_artifacts(lzma.decompress(settings.compile_cache.read_bytes()))
+            if self.network.refine is not None:
+                self.network.refine.compile(dynamic=False)
             self.network.run = torch.compile(Block.forward, dynamic=False)
         sizes = {"plain": (settings.plain_pool, settings.refresh_plain), "courtyard": (settings.courtyard_pool, settings.refresh_courtyard)}
         self.pools: dict[str, Pool] = {}
@@ -317,7 +321,7 @@ class Trainer:
         if self.group.cuda and self.s.compile:
             artifacts = torch.compiler.save_cache_artifacts()
             if artifacts is not None:
-                (self.s.out / "compile_cache.bin").write_bytes(artifacts[0])
+                (self.s.out / "compile_cache.xz").write_bytes(lzma.compress(artifacts[0], preset=1))
         self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
 
 

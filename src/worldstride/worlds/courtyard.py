@@ -215,15 +215,13 @@ def _paintings(
     at = u(b, n) * (left + right)
     at_court = torch.where(at < left, at + w - edge, edge - w - (left + right - at))
     w = torch.where(left + right > 0, w, 1e-4)
-    plane = torch.where(
-        side < 2, _WALL_X + 2 * side, _WALL_Z + 2 * (side - 2)
-    )  # the first two planes of an axis
+    plane = torch.where(side < 2, _WALL_X + 2 * side, _WALL_Z + 2 * (side - 2))  # the court's own
     court = torch.stack([(plane + 1 - side % 2).float(), at_court, up[:, :n], w, half_h[:, :n]], -1)
 
     sides = torch.arange(4, device=dev)
     sign = 1 - 2 * (sides % 2)
     w = half_w[:, n:].unflatten(1, (4, 2))
-    # Far walls are planes 2, 3 of their axis; the flanks of a side are planes 4 + 2 (side % 2) + (0 low, 1 high)
+    # Far walls are planes 2, 3 of their axis; a side's flanks are planes 4 + 2 (side % 2) + (0 low, 1 high)
     # of the other axis. The room lies on the inner side of each.
     far = torch.where(sides < 2, _WALL_X + 2 * (2 + sides), _WALL_Z + 2 * sides) + (sign > 0).long()
     which = dice.integers(2, b, 4)

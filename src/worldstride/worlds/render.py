@@ -15,7 +15,7 @@ from torch import Tensor
 from worldstride.camera import intrinsics_from_fov
 from worldstride.errors import InputError
 from worldstride.worlds.scene import Scene, ball_centres, gate_edges, panel_angles
-from worldstride.worlds.shading import EYE, Hit, Rays, per_frame, shade, per_world
+from worldstride.worlds.shading import EYE, Hit, Rays, per_frame, per_world, shade
 
 FOV = math.radians(80)
 """Field of view of every world's camera, horizontal and vertical, in radians."""

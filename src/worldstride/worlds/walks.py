@@ -19,7 +19,9 @@ from worldstride.worlds.space import clamp_to_free, free_rectangles, obstacles, 
 _TAU = 2 * math.pi
 _CLEARANCE = 0.4  # metres kept from the outline of things
 _MARGIN = 0.35  # metres kept from walls
-_TURN = 0.1  # most radians a frame while turning on the spot; sweeps while walking come on top
+_TURN = 0.11  # most radians a frame while turning on the spot; sweeps while walking come on top
+_RELAX = 8  # rounds of pushing and smoothing that lead a path around what it ran into
+_PACE = 0.5  # the plain court's walks, slowed down for long walks
 _OPEN = (
     math.pi - math.asin(0.25),
     math.pi + 2 * math.asin(0.25),
@@ -37,7 +39,7 @@ def sample_plain_walk(
     _check_length(n)
     dice = Dice(scene.device, generator)
     half = scene.rooms[:, 0, 1]
-    pose = _local_walk(dice, half, n, kind)
+    pose = _local_walk(dice, half, n, kind, 1.0)
     centre, radius = obstacles(scene)
     limit, point = (half - 0.45)[:, None, None], pose[..., :2]
     for turn in range(3):
@@ -62,19 +64,22 @@ def sample_walk(scene: Scene, n: int, generator: torch.Generator | None = None) 
         return sample_plain_walk(scene, n, generator)
     dice = Dice(scene.device, generator)
     if scene.path.shape[1]:
-        pose = _follow(dice, _corridor_plan(dice, scene, n), n)
+        pose = _follow(dice, scene, _corridor_plan(dice, scene, n), n)
     else:
         mirrored = dice.uniform(len(scene), 1) < 0.2
-        journey = _follow(dice, _journey_plan(dice, scene, n, mirrored), n)
+        journey = _follow(dice, scene, _journey_plan(dice, scene, n, mirrored), n)
         frame = torch.arange(n, device=scene.device)
         back = torch.where(frame >= n // 2, (2 * (n // 2) - 1 - frame).clamp_min(0), frame)
         journey = torch.where(mirrored[..., None], journey[:, back], journey)
-        local = _local_walk(dice, scene.rooms[:, 0, 1] - 0.2, n, None)
+        local = _local_walk(dice, scene.rooms[:, 0, 1] - 0.2, n, None, _PACE)
+        edge = (scene.rooms[:, 0, 1] - _MARGIN)[:, None, None]  # keys may run far beyond the court's walls
+        inside = torch.minimum(torch.maximum(local[..., :2], -edge), edge)
+        local = torch.cat([inside, local[..., 2:]], -1)
         pose = torch.where(dice.uniform(len(scene), 1, 1) < 0.7, journey, local)
     rects, (centre, radius), point = free_rectangles(scene, _MARGIN), obstacles(scene), pose[..., :2]
-    for turn in range(3):
+    for turn in range(_RELAX):
         point = push_out(clamp_to_free(point, rects), centre, radius + _CLEARANCE)
-        if turn < 2:
+        if turn + 1 < _RELAX:
             point = smooth(point, 7)
     point = clamp_to_free(point, rects)
     return torch.cat([point, pose[..., 2:]], -1)
@@ -85,11 +90,12 @@ def _check_length(n: int) -> None:
         raise InputError(f"a walk needs at least 1 frame, got n = {n}")
 
 
-def _local_walk(dice: Dice, half: Tensor, n: int, kind: float | None) -> Tensor:
+def _local_walk(dice: Dice, half: Tensor, n: int, kind: float | None, pace: float) -> Tensor:
     """A mixture of walks [B, n, 4] inside the square of half size [B] around the origin, before
     collisions."""
     b, u, room = len(half), dice.uniform, half[:, None]
-    t = torch.arange(n, device=half.device, dtype=torch.float32)[None]  # [1, n]
+    frame = torch.arange(n, device=half.device, dtype=torch.float32)[None]  # [1, n]
+    t = pace * frame
     sign, yaw0 = dice.sign(b, 1), u(b, 1) * _TAU
     home = (u(b, 1, 2) * 2 - 1) * (room - 1.6)[..., None]  # [B, 1, 2]
     facing = torch.stack([yaw0.sin(), yaw0.cos()], -1)
@@ -115,8 +121,8 @@ def _local_walk(dice: Dice, half: Tensor, n: int, kind: float | None) -> Tensor:
     count = n // hold + 2
     turn = ((u(b, count) * 3).floor() - 1).repeat_interleave(hold, 1)[:, :n] * (0.06 + 0.07 * u(b, 1))
     move = ((u(b, count) * 3.2).floor() - 0.6).clamp(-1, 1).repeat_interleave(hold, 1)[:, :n] * 0.11
-    retrace = (u(b, 1) < 0.5) & (t >= n // 2)
-    mirror = torch.where(retrace, 2 * (n // 2) - 1 - t, t.expand(b, n)).clamp_min(0).long()
+    retrace = (u(b, 1) < 0.5) & (frame >= n // 2)
+    mirror = torch.where(retrace, 2 * (n // 2) - 1 - frame, frame.expand(b, n)).clamp_min(0).long()
     key_yaw = yaw0 + turn.cumsum(1)
     keys = home + (torch.stack([key_yaw.sin(), key_yaw.cos()], -1) * move[..., None]).cumsum(1)
     key_yaw, keys = key_yaw.gather(1, mirror), keys.gather(1, mirror[..., None].expand(-1, -1, 2))
@@ -173,11 +179,13 @@ def _journey_plan(dice: Dice, scene: Scene, n: int, mirrored: Tensor) -> _Plan:
         place = torch.where(u(b, 1) < 0.6, home, place)
         pick = room[:, None, None].expand(-1, 1, 2)
         inside, outside = near.gather(1, pick)[:, 0], beyond.gather(1, pick)[:, 0]
+        if points:  # half of the time straight from door to door, cutting the corner
+            place = torch.where(u(b, 1) < 0.5, 0.35 * (points[-1] + inside), place)
         gate = gates.gather(1, room[:, None, None].expand(-1, 1, 6))[:, 0, 3:]
         spot = spots.gather(1, pick)[:, 0] + (u(b, 2) - 0.5) * 0.4
         points += [place, inside, outside, spot, outside, inside]
         ahead += [none, gate, none, none, gate, none]
-        look += [0.6, 0.0, 0.0, 0.7, 0.0, 0.0]
+        look += [0.3, 0.0, 0.0, 0.45, 0.0, 0.0]
         room = torch.where(u(b) < 0.4, room, (u(b, 4) * allowed).argmax(1))
     chance = torch.tensor(look, device=dev).expand(b, -1)
     return _Plan(torch.stack(points, 1), chance, torch.stack(ahead, 1))
@@ -203,9 +211,10 @@ def _corridor_plan(dice: Dice, scene: Scene, n: int) -> _Plan:
     )
 
 
-def _follow(dice: Dice, plan: _Plan, n: int) -> Tensor:
+def _follow(dice: Dice, scene: Scene, plan: _Plan, n: int) -> Tensor:
     """Walk along a plan for n frames, pose [B, n, 4]: turn and look around at waypoints, then go straight."""
-    points, u = plan.points, dice.uniform
+    centre, radius = obstacles(scene)
+    points, u = push_out(plan.points, centre, radius + _CLEARANCE), dice.uniform
     b, k = points.shape[:2]
     moves = points[:, 1:] - points[:, :-1]  # [B, K - 1, 2]
     length = moves.norm(dim=-1)
@@ -213,13 +222,13 @@ def _follow(dice: Dice, plan: _Plan, n: int) -> Tensor:
     turn = torch.cat([torch.zeros_like(heading[:, :1]), heading[:, 1:] - heading[:, :-1]], 1)
     turn = (turn + math.pi) % _TAU - math.pi
     looks = u(b, k - 1) < plan.look[:, :-1]
-    full = looks & (u(b, k - 1) < 0.25)  # a look around is a full turn, or a sweep to one side and back
+    full = looks & (u(b, k - 1) < 0.15)  # a look around is a full turn, or a sweep to one side and back
     turn = turn + torch.where(full, dice.sign(b, k - 1) * _TAU, 0.0)
     sweep = torch.where(looks & ~full, dice.sign(b, k - 1) * (0.5 + 1.6 * u(b, k - 1)), 0.0)
-    rate = 0.06 + (_TURN - 0.06) * u(b, 1)
+    rate = 0.08 + (_TURN - 0.08) * u(b, 1)
     rest = torch.where(u(b, k - 1) < 0.2, 12 * u(b, k - 1), 0.0) * (plan.look[:, :-1] > 0)
     dwell = (turn.abs() + math.pi * sweep.abs()) / rate + rest
-    speed = 0.06 + 0.08 * u(b, k - 1)
+    speed = 0.09 + 0.06 * u(b, k - 1)
 
     # Clock: when each waypoint is reached, and when it is left; a sliding door is waited for.
     arrive, leave, now = [], [], -20 * u(b)
@@ -241,6 +250,8 @@ def _follow(dice: Dice, plan: _Plan, n: int) -> Tensor:
     share = (torch.minimum(step, total) / total.clamp_min(1e-3)).clamp_min(0)
     pair = leg[..., None].expand(-1, -1, 2)
     point = points.gather(1, pair) + share[..., None] * moves.gather(1, pair)
+    ahead = moves.gather(1, pair) / total.clamp_min(1e-3)[..., None]
+    point = _pass_by(point, ahead, centre, radius + _CLEARANCE)
     done = ((t - reach.gather(1, leg)) / dwell.gather(1, leg).clamp_min(1e-3)).clamp(0, 1)  # of the turn
     before = heading[:, :1] + turn.cumsum(1) - turn  # yaw when each waypoint is reached
     yaw = before.gather(1, leg) + done * turn.gather(1, leg)
@@ -248,3 +259,19 @@ def _follow(dice: Dice, plan: _Plan, n: int) -> Tensor:
     yaw = smooth(yaw[..., None], 7)[..., 0]
     glance = 0.5 * u(b, 1) * torch.sin((0.02 + 0.04 * u(b, 1)) * t + _TAU * u(b, 1))
     return torch.cat([smooth(point, 9), (yaw + glance)[..., None], _nod(dice, b, t)[..., None]], -1)
+
+
+def _pass_by(point: Tensor, ahead: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
+    """Bend straight legs around discs [B, m, 2], [B, m], each on the side on which it would have passed.
+
+    point [B, n, 2], ahead [B, n, 2] unit direction of the leg. A radial push would throw a path that crosses
+    the middle of a disc from its front to its back.
+    """
+    right = torch.stack([ahead[..., 1], -ahead[..., 0]], -1)  # [B, n, 2]
+    for j in range(centre.shape[1]):
+        offset = point - centre[:, j, None]
+        along, aside = (offset * ahead).sum(-1), (offset * right).sum(-1)  # [B, n]
+        room = (radius[:, j, None].square() - along.square()).clamp_min(0).sqrt()
+        shift = torch.where(aside < 0, -1.0, 1.0) * (room - aside.abs()).clamp_min(0)
+        point = point + shift[..., None] * right
+    return point

@@ -37,11 +37,14 @@ class CourtyardConfig:
     features relative to the last camera, which ties keys to one chunk), projective attention on camera matrices
     ("projective"), or both."""
     refine: int = 16
-    """Channels of the convolutions after unpatchify that mend patch borders; 0 leaves them out."""
+    """Channels of the convolutions after unpatchify that mend patch borders (3 of them hold the noisy image);
+    0 leaves them out."""
 
     def __post_init__(self) -> None:
         if self.size % self.patch:
             raise InputError(f"size must be a multiple of patch, got size {self.size} and patch {self.patch}")
+        if self.refine and self.refine < 6:
+            raise InputError(f"refine must be 0 or at least 6 channels, got {self.refine}")
         if self.width % self.heads or self.width // self.heads != 64:
             raise InputError(f"width / heads must be 64, got width {self.width} and {self.heads} heads")
 

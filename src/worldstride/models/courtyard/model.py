@@ -108,18 +108,16 @@ class Refine(nn.Module):
     def __init__(self, config: CourtyardConfig) -> None:
         super().__init__()
         self.patch, self.grid, channels = config.patch, config.grid, config.refine
-        self.first = nn.Conv2d(channels + 3, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.last = nn.Conv2d(channels, 3, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
-        """tokens [N, n, channels x patch^2] and noisy patches [N, n, 3 x patch^2] -> clean patches, likewise."""
+        """tokens [N, n, (channels - 3) patch^2] and noisy patches [N, n, 3 patch^2] -> clean patches, likewise."""
         x, z = (unpatchify(t, self.grid, self.patch) for t in (tokens, noisy))
         h = torch.cat([x, z], 1).contiguous(memory_format=torch.channels_last)
-        for conv in (self.first, self.second):
-            h = F.gelu(_convolve(h, conv), approximate="tanh")
+        h = F.gelu(_convolve(h, self.first), approximate="tanh")
         return patchify(x[:, :3] + _convolve(h, self.last), self.patch)
 
 
@@ -140,7 +138,7 @@ class CourtyardNetwork(nn.Module):
         self.level1, self.level2 = nn.Linear(32, width), nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final, self.final_level = nn.Parameter(torch.zeros(2, width)), nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, max(config.refine, 3) * config.patch**2)
+        self.out = nn.Linear(width, (config.refine - 3 if config.refine else 3) * config.patch**2)
         self.refine = Refine(config) if config.refine else None
         self.run: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.forward
         """What runs a block; a compiled `Block.forward` may stand in for it."""
