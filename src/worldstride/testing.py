@@ -1,0 +1,200 @@
+"""An executable contract for world models: `check_model(model)` raises `ContractError` at the first broken promise.
+
+The checks use only the protocol, so they hold for models with cached keys and values and for models that join
+everything in one sequence. They run in a few evaluations of the model; use a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldstride.attention import attend
+from worldstride.camera import camera_from_pose
+from worldstride.control import Action
+from worldstride.denoising import DenoisePlan, denoise
+from worldstride.errors import ContractError
+from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, WorldModel
+
+_STEPS = 2
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Everything that one chunk of the model needs, made from a seed."""
+
+    shape: ChunkShape
+    latents: Tensor  # [1, N, ...]
+    cameras: Tensor  # [1, N, 4, 4]
+    positions: Tensor
+    kinds: Tensor
+    conditions: Conditions
+    noise: Tensor
+
+
+def check_model(
+    model: WorldModel, prompt: Mapping[str, Tensor] | None = None, chunks: tuple[int, ...] = (0, 1), seed: int = 0
+) -> None:
+    """Check shapes, determinism, statelessness, use of noise, context and cameras, clamping, committing and decoding.
+
+    `prompt` holds encoded text states for models that need them; `chunks` are the chunk numbers to try.
+    """
+    _check(isinstance(model, WorldModel), f"{type(model).__name__} lacks members of WorldModel: {_lacking(model)}")
+    _check(isinstance(model.decoder, Decoder), "model.decoder must offer encode and decode")
+    for k in chunks:
+        case, other = (_case(model, k, dict(prompt or {}), s) for s in (seed, seed + 1))
+        with torch.inference_mode():
+            _check_chunk(model, case, other)
+    _check_decoder(model, chunks, seed)
+
+
+def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
+    first = _rollout(model, case)
+    total = case.shape.clean + case.shape.new
+    expected = (1, total, *model.latent_shape)
+    _check(tuple(first.shape) == expected, f"a finished chunk has shape {list(first.shape)}, expected {list(expected)}")
+    _check(bool(first.isfinite().all()), "a finished chunk holds NaN or infinity")
+    _check(torch.equal(first, _rollout(model, case)), "the same inputs gave other latents: a chunk must be repeatable")
+
+    _rollout(model, other)
+    _check(
+        torch.equal(first, _rollout(model, case)),
+        "another world's chunk changed this one: no rollout state may stay on the model",
+    )
+    context, inputs = _context(model, case), model.prepare(case.conditions)
+    _encode_between = _context(model, other)
+    model.prepare(other.conditions)
+    _check(
+        torch.equal(first, _denoise(model, case, inputs, context, case.noise)),
+        "encoding another world's context between two calls changed this one: contexts must not share memory or state",
+    )
+    _check(
+        not torch.equal(first, _denoise(model, case, inputs, context, other.noise)),
+        "other noise gave the same latents: the noise that is passed in must be honoured",
+    )
+    _check_context(model, case, other, first, context, inputs)
+    _check_given(model, case, inputs, first)
+
+
+def _check_context(
+    model: WorldModel, case: _Case, other: _Case, first: Tensor, context: Context, inputs: tuple[object, ...]
+) -> None:
+    count = case.latents.shape[1]
+    if not count:
+        return
+    _check(context.latents == count, f"context.latents is {context.latents}, but {count} latents were encoded")
+    _check(context.bytes > 0, f"context.bytes must be positive, got {context.bytes}")
+    swapped = _Case(**{**vars(case), "latents": other.latents})
+    changed = _denoise(model, case, inputs, _context(model, swapped), case.noise)
+    _check(not torch.equal(first, changed), "other context latents gave the same chunk: the context is ignored")
+    moved = _Case(**{**vars(case), "cameras": other.cameras})
+    changed = _denoise(model, case, inputs, _context(model, moved), case.noise)
+    _check(not torch.equal(first, changed), "other context cameras gave the same chunk: the context's cameras are ignored")
+    again = model.encode_context(
+        case.latents, case.cameras, (), case.positions, case.kinds, context, attend
+    )
+    _check(
+        torch.equal(first, _denoise(model, case, inputs, again, case.noise)),
+        "encoding the same context with `previous` given changed the chunk",
+    )
+
+
+def _check_given(model: WorldModel, case: _Case, inputs: tuple[object, ...], first: Tensor) -> None:
+    clean, head = case.conditions.clean, case.shape.clean
+    once = model.clamp(case.noise, inputs[0])
+    _check(torch.equal(once, model.clamp(once, inputs[0])), "clamp must be idempotent")
+    _check(torch.equal(once[:, head:], case.noise[:, head:]), "clamp must leave new latents alone")
+    if clean is not None:
+        same = torch.allclose(once[:, :head].float(), clean.float(), atol=1e-2, rtol=1e-2)
+        _check(same, "clamp must put the given latents at the head of the chunk")
+    kept = model.commit(first, inputs[0])
+    expected = (1, case.shape.new, *model.latent_shape)
+    _check(tuple(kept.shape) == expected, f"commit gave shape {list(kept.shape)}, expected {list(expected)}")
+    _check(
+        not case.conditions.actions or len(case.conditions.actions) == case.shape.frames,
+        "a chunk takes one action a frame",
+    )
+
+
+def _check_decoder(model: WorldModel, chunks: tuple[int, ...], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [
+        torch.randn(1, model.chunk(k).new, *model.latent_shape, generator=generator).clamp(-1, 1).to(model.device)
+        for k in chunks
+    ]
+    with torch.inference_mode():
+        state: Mapping[str, Tensor] = {}
+        frames = []
+        for k, piece in zip(chunks, pieces, strict=True):
+            part, state = model.decoder.decode(piece, state)
+            expected = model.chunk(k).frames
+            _check(part.dtype == torch.uint8 and part.ndim == 5, f"decode must give uint8 [B, F, H, W, 3], got {part.dtype}")
+            _check(part.shape[1] == expected, f"chunk {k} decodes to {part.shape[1]} frames, chunk({k}) says {expected}")
+            frames.append(part)
+        whole, _ = model.decoder.decode(torch.cat(pieces, 1), {})
+        again, _ = model.decoder.decode(pieces[0], {})
+    _check(torch.equal(again, frames[0]), "a fresh decode after others differs: no decode state may stay on the decoder")
+    streamed = torch.cat(frames, 1)
+    close = streamed.shape == whole.shape and int((streamed.int() - whole.int()).abs().max()) <= 1
+    _check(close, "decoding chunk by chunk differs from decoding at once by more than one level")
+
+
+def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], seed: int) -> _Case:
+    shape = model.chunk(k)
+    generator = torch.Generator().manual_seed(1000 * seed + k)
+    count = shape.sink + shape.memory + shape.window
+    kinds = [KINDS.index("sink")] * shape.sink + [KINDS.index("memory")] * shape.memory + [0] * shape.window
+
+    def latents(n: int) -> Tensor:
+        return torch.randn(1, n, *model.latent_shape, generator=generator).clamp(-1, 1).to(model.device)
+
+    def cameras(n: int) -> Tensor:
+        pose = torch.randn(1, n, 4, generator=generator) * torch.tensor([1.0, 1.0, 1.0, 0.1])
+        return camera_from_pose(pose)
+
+    total = shape.clean + shape.new
+    conditions = Conditions(
+        k, cameras(total), cameras(shape.frames), model.intrinsics, (Action(),) * shape.frames,
+        torch.arange(-shape.clean, shape.new), latents(shape.clean) if shape.clean else None, prompt,
+    )  # fmt: skip
+    positions = torch.arange(-count, 0) - shape.clean
+    return _Case(shape, latents(count), cameras(count), positions, torch.tensor(kinds), conditions, latents(total))
+
+
+def _context(model: WorldModel, case: _Case) -> Context:
+    with _untouched(case.latents, case.cameras):
+        return model.encode_context(case.latents, case.cameras, (), case.positions, case.kinds, None, attend)
+
+
+def _denoise(model: WorldModel, case: _Case, inputs: tuple[object, ...], context: Context, noise: Tensor) -> Tensor:
+    sampler = model.sampler()
+    if sampler.steps > _STEPS and sampler.guidance is None and sampler.solver == "euler":
+        sampler = model.sampler(_STEPS)
+    with _untouched(noise):
+        return denoise(model, noise, inputs, context, DenoisePlan(sampler), attend, lambda _: noise)[0]
+
+
+def _rollout(model: WorldModel, case: _Case) -> Tensor:
+    context = _context(model, case)
+    return _denoise(model, case, model.prepare(case.conditions), context, case.noise)
+
+
+@contextmanager
+def _untouched(*tensors: Tensor) -> Iterator[None]:
+    before = [t.clone() for t in tensors]
+    yield
+    _check(all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)), "the model wrote into its inputs")
+
+
+def _check(holds: bool, text: str) -> None:
+    if not holds:
+        raise ContractError(text)
+
+
+def _lacking(model: object) -> str:
+    names = [n for n in vars(WorldModel) if not n.startswith("_") and not hasattr(model, n)]
+    return ", ".join(sorted(names)) or "none"
