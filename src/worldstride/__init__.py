@@ -1,8 +1,8 @@
 """Interactive video world models, cheap enough to live in.
 
-    engine = worldstride.load("courtyard")
-    session = engine.new(seed=7)
-    chunk = session.step(Action(keys={"KeyW"}))   # chunk.frames: uint8 [F, H, W, 3]
+engine = worldstride.load("courtyard")
+session = engine.new(seed=7)
+chunk = session.step(Action(keys={"KeyW"}))   # chunk.frames: uint8 [F, H, W, 3]
 """
 
 from worldstride._version import __version__
@@ -10,7 +10,7 @@ from worldstride.acceleration import PRESETS, Acceleration
 from worldstride.control import Action, ControlSettings
 from worldstride.engine import Engine, load
 from worldstride.report import ChunkReport
-from worldstride.saving import open_session as open  # noqa: A004 - the public name is worldstride.open
+from worldstride.saving import open_session as open
 from worldstride.session import Chunk, Session
 from worldstride.trajectory import Trajectory, load_trajectory, parse_trajectory
 

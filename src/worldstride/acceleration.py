@@ -69,7 +69,9 @@ def resolve(value: Acceleration | str | Path) -> Acceleration:
         return PRESETS[str(value)]
     path = Path(value)
     if path.suffix != ".json":
-        raise InputError(f"unknown acceleration {str(value)!r}; presets: {', '.join(PRESETS)}, or a .json file of settings")
+        raise InputError(
+            f"unknown acceleration {str(value)!r}; presets: {', '.join(PRESETS)}, or a .json file of settings"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -40,7 +40,7 @@ def camera_from_pose(pose: Tensor) -> Tensor:
 
 
 def pose_from_camera(camera: Tensor) -> Tensor:
-    """Walking pose [..., 4] = (x, z, yaw, pitch) of a camera-to-world matrix [..., 4, 4]; roll and height are dropped."""
+    """Walking pose [..., 4] = (x, z, yaw, pitch) of a camera-to-world matrix [..., 4, 4], without roll and height."""
     forward = camera[..., :3, 2]
     yaw = torch.atan2(forward[..., 0], forward[..., 2])
     pitch = torch.asin((-forward[..., 1]).clamp(-1, 1))

@@ -96,7 +96,9 @@ class Engine:
         pictures, poses = torch.as_tensor(frames), torch.as_tensor(cameras, dtype=torch.float32).cpu()
         check_cameras(poses)
         if len(pictures) != len(poses) or not len(poses):
-            raise InputError(f"open needs as many cameras as frames and at least one, got {len(poses)} and {len(pictures)}")
+            raise InputError(
+                f"open needs as many cameras as frames and at least one, got {len(poses)} and {len(pictures)}"
+            )
         return self._begin(pictures, poses, seed, noise_seed, dict(prompt or {}), points, FreeNavigator(self.controls))
 
     def _begin(
@@ -107,6 +109,11 @@ class Engine:
         if points is None:
             points = frustum_points(noises.stream(seed, _POINTS))
         shape = self.model.chunk(0)
+        if len(latents) < shape.clean:
+            raise InputError(
+                f"{len(frames)} frames make {len(latents)} latents, but the first chunk of {self.model.name!r} goes on "
+                f"from {shape.clean}; give more frames"
+            )
         per_latent = [min(len(frames), -(-(i + 1) * len(frames) // len(latents))) - 1 for i in range(len(latents))]
         history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
         history.append(latents, cameras[per_latent], (None,) * len(latents))

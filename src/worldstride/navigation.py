@@ -18,6 +18,11 @@ PITCH_LIMIT = 1.4
 class Navigator(Protocol):
     """Moves the camera."""
 
+    @property
+    def settings(self) -> ControlSettings:
+        """How it reads actions; a save keeps them."""
+        ...
+
     def cameras(self, start: Tensor, actions: Sequence[Action], first_frame: int) -> Tensor:
         """Cameras [F, 4, 4] of the frames that follow `start` [4, 4], one action a frame."""
         ...
@@ -27,14 +32,14 @@ class FreeNavigator:
     """Walks in the plane of the start camera's height; nothing stands in the way."""
 
     def __init__(self, settings: ControlSettings) -> None:
-        self._settings = settings
+        self.settings = settings
 
     def cameras(self, start: Tensor, actions: Sequence[Action], first_frame: int) -> Tensor:
         """See `Navigator.cameras`. Yaw turns about the world's vertical, pitch about the camera's own right axis."""
         pose, height = camera.pose_from_camera(start), start[1, 3]
         out = []
         for action in actions:
-            step = motion(action, self._settings)
+            step = motion(action, self.settings)
             x, z, yaw, pitch = pose.unbind()
             yaw = yaw + step.turn
             pitch = (pitch + step.pitch).clamp(-PITCH_LIMIT, PITCH_LIMIT)
@@ -51,16 +56,15 @@ class SceneNavigator:
     """Walks inside a procedural world and slides along its walls."""
 
     def __init__(self, settings: ControlSettings, scene: worlds.Scene) -> None:
-        self._settings, self._scene = settings, scene.to(torch.device("cpu"))
+        self.settings, self._scene = settings, scene.to(torch.device("cpu"))
 
     def cameras(self, start: Tensor, actions: Sequence[Action], first_frame: int) -> Tensor:
         """See `Navigator.cameras`; doors are where they are at each frame's time."""
         pose = camera.pose_from_camera(start)[None]
         out = []
         for i, action in enumerate(actions):
-            step = motion(action, self._settings)
+            step = motion(action, self.settings)
             time = torch.tensor([float(first_frame + i)])
-            moves = (torch.tensor([m]) for m in (step.forward, step.strafe, step.turn, step.pitch))
-            pose = worlds.step_pose(self._scene, pose, *moves, time)
+            pose = worlds.step_pose(self._scene, pose, step.forward, step.strafe, step.turn, step.pitch, time)
             out.append(camera.camera_from_pose(pose[0]))
         return torch.stack(out)

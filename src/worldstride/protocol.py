@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -69,7 +70,7 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         s = self.sigmas
-        if len(s) < 2 or s[-1] != 0 or any(a <= b for a, b in zip(s, s[1:], strict=False)) or s[0] > 1:
+        if len(s) < 2 or s[-1] != 0 or any(a <= b for a, b in pairwise(s)) or s[0] > 1:
             raise InputError(f"sigmas must fall strictly from at most 1 to 0 with at least one step, got {s}")
 
     @property

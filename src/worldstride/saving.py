@@ -21,7 +21,9 @@ from worldstride.savefile import read_save, write_save
 from worldstride.session import Session, SessionState
 
 
-def save_session(engine: Engine, state: SessionState, acceleration: Acceleration, path: str | Path) -> None:
+def save_session(
+    engine: Engine, state: SessionState, controls: ControlSettings, acceleration: Acceleration, path: str | Path
+) -> None:
     """Write everything that `open_session` needs, atomically."""
     entries = state.history.entries
     tensors = {
@@ -37,7 +39,7 @@ def save_session(engine: Engine, state: SessionState, acceleration: Acceleration
     history = state.history
     header = {
         "engine": {**asdict(engine.source), "dtype": _dtype_name(engine)},
-        "controls": asdict(engine.controls),
+        "controls": asdict(controls),
         "acceleration": acceleration.to_json(),
         "noise_seed": state.noise_seed,
         "chunk": state.chunk,
@@ -53,7 +55,7 @@ def save_session(engine: Engine, state: SessionState, acceleration: Acceleration
 def open_session(path: str | Path, device: str | torch.device | None = None, engine: Engine | None = None) -> Session:
     """The session saved at `path`, ready to go on; on the same kind of device it goes on bit for bit.
 
-    The engine is loaded as it was unless one is given (to share it). Raises `SaveFileError` on foreign or damaged
+    The engine is loaded as it was unless one is given (to share it); the controls are those of the save. Raises `SaveFileError` on foreign or damaged
     files and where the weights differ from those of the save.
     """
     header, tensors = read_save(path)
@@ -61,25 +63,33 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
         facts = dict(header["engine"])
         dtype = getattr(torch, facts.pop("dtype"))
         source = EngineSource(**facts)
+        controls = ControlSettings(**_tuples(header["controls"]))
         if engine is None:
             engine = load(source.model, source.path, source.weights, device, dtype=dtype)
-            engine.controls = ControlSettings(**_tuples(header["controls"]))
+            engine.controls = controls
+        if engine.source.model != source.model:
+            raise SaveFileError(f"{path} is a world of model {source.model!r}; the engine runs {engine.source.model!r}")
         if engine.source.fingerprint != source.fingerprint:
             raise SaveFileError(
                 f"{path} was saved with other weights of {source.model!r} (SHA-256 {source.fingerprint[:12]}...) than "
                 f"the loaded ones ({engine.source.fingerprint[:12]}...); load those to go on"
             )
         state = _state(header, tensors, engine)
+        if tuple(tensors["latents"].shape[1:]) != tuple(engine.model.latent_shape):
+            raise SaveFileError(
+                f"{path} holds latents of shape {list(tensors['latents'].shape[1:])}, but {source.model!r} as loaded has "
+                f"{list(engine.model.latent_shape)}; give the engine that the session ran on"
+            )
         acceleration = Acceleration.from_json(header["acceleration"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, WorldstrideError):
             raise
         raise SaveFileError(f"{path} is no complete session: {type(error).__name__} {error}") from error
     if state.world is None:
-        navigator = FreeNavigator(engine.controls)
+        navigator = FreeNavigator(controls)
     else:
         family, seed = state.world
-        navigator = SceneNavigator(engine.controls, worlds.scene_from_seed(family, [seed]))
+        navigator = SceneNavigator(controls, worlds.scene_from_seed(family, [seed]))
     return Session(engine, state, navigator, acceleration)
 
 
@@ -89,9 +99,11 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
     hot = len(header["indices"]) - int(bank["hot"])
     entries = tuple(
         Remembered(
-            int(index), latent if i < hot else latent.to(engine.device), pose,
+            int(index),
+            latent if i < hot else latent.to(engine.device),
+            pose,
             None if action is None else Action.from_json(action),
-        )  # fmt: skip
+        )
         for i, (index, latent, pose, action) in enumerate(rows)
     )
     world = header["world"]
@@ -102,7 +114,9 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
         camera=tensors["camera"],
         chunk=int(header["chunk"]),
         frame=int(header["frame"]),
-        decoder={k.removeprefix("decoder."): v.to(engine.device) for k, v in tensors.items() if k.startswith("decoder.")},
+        decoder={
+            k.removeprefix("decoder."): v.to(engine.device) for k, v in tensors.items() if k.startswith("decoder.")
+        },
         prompt={k.removeprefix("prompt."): v.to(engine.device) for k, v in tensors.items() if k.startswith("prompt.")},
         intrinsics=tensors.get("intrinsics"),
         world=None if world is None else (str(world[0]), int(world[1])),

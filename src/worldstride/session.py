@@ -17,12 +17,12 @@ from worldstride.acceleration import Acceleration, resolve
 from worldstride.attention import attend
 from worldstride.camera import check_cameras
 from worldstride.context.history import History
-from worldstride.context.selection import ContextPlan, Signals, select
+from worldstride.context.selection import ContextPlan, select
 from worldstride.control import Action, actions_per_frame
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import InputError
 from worldstride.navigation import Navigator
-from worldstride.protocol import ChunkShape, Conditions
+from worldstride.protocol import ChunkShape, Conditions, Context
 from worldstride.report import ChunkReport
 from worldstride.trajectory import Trajectory
 
@@ -121,28 +121,29 @@ class Session:
         )
         plan = DenoisePlan(model.sampler(settings.steps, settings.shift), _reason(settings))
         clock.lap("select")
-        context = self._encode(context_plan)
+        context = self._encode(context_plan, shape)
         clock.lap("context")
         conditions = self._conditions(shape, frame_cameras, actions, intrinsics)
         inputs = model.prepare(conditions)
         start, fresh = self._noise(shape, noise)
-        latents, evaluations, plan = denoise(
-            model, start, inputs, context, plan, attend, fresh, wait=self.engine.wait
-        )
+        latents, evaluations, plan = denoise(model, start, inputs, context, plan, attend, fresh, wait=self.engine.wait)
         kept = model.commit(latents, inputs[0])
         clock.lap("denoise")
         frames, decoder = model.decoder.decode(kept, state.decoder)
         pictures = frames[0].cpu().numpy()
         clock.lap("decode")
 
-        latent_cameras = conditions.cameras[0, shape.clean :]
-        state.history.append(kept[0], latent_cameras, _per_latent(actions, shape))
-        state.decoder, state.camera = decoder, frame_cameras[-1]
+        history = state.history.fork()
+        history.append(kept[0], conditions.cameras[0, shape.clean :], _per_latent(actions, shape))
         report = ChunkReport(
             state.chunk, state.frame, shape.frames, settings.name, signals, context_plan, context.latents,
-            context.bytes, plan.reason, evaluations, clock.seconds(), len(state.history), state.history.bytes,
+            context.bytes, plan.reason, evaluations, clock.seconds(), len(history), history.bytes,
         )  # fmt: skip
-        state.chunk, state.frame = state.chunk + 1, state.frame + shape.frames
+        # one assignment: whatever interrupts a step, the session is the one before it or the one after it
+        self._state = replace(
+            state, history=history, decoder=decoder, camera=frame_cameras[-1].clone(), chunk=state.chunk + 1,
+            frame=state.frame + shape.frames,
+        )  # fmt: skip
         return Chunk(pictures, frame_cameras.numpy().copy(), report)
 
     def play(self, trajectory: Trajectory) -> Iterator[Chunk]:
@@ -157,7 +158,7 @@ class Session:
                 missing = count - len(part)
                 yield self.step(cameras=torch.cat([part, part[-1:].expand(missing, -1, -1)]))
             else:
-                moves = trajectory.actions[done : done + count]
+                moves = (trajectory.actions or ())[done : done + count]
                 yield self.step((*moves, *(Action(),) * (count - len(moves))))
             done += count
 
@@ -172,7 +173,7 @@ class Session:
         """Write the session to one file, atomically; `worldstride.open` goes on from it bit for bit."""
         from worldstride.saving import save_session
 
-        save_session(self.engine, self._state, self._acceleration, path)
+        save_session(self.engine, self._state, self._navigator.settings, self._acceleration, path)
 
     def _where(
         self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, frames: int
@@ -188,9 +189,9 @@ class Session:
             raise InputError(f"chunk {self._state.chunk} has {frames} frames, got {len(given)} cameras")
         return given.clone(), ()
 
-    def _encode(self, plan: ContextPlan):  # noqa: ANN202 - a Context, opaque here
+    def _encode(self, plan: ContextPlan, shape: ChunkShape) -> Context:
         model, history = self.engine.model, self._state.history
-        positions, kinds = plan.tables()
+        positions, kinds = plan.tables(shape.clean)
         latents = history.latents(plan.rows, model.device, model.latent_shape)
         actions = [a for i in plan.rows if (a := history.entries[i].action) is not None]
         return model.encode_context(
@@ -242,7 +243,9 @@ class _Clock:
 
 
 def _reason(settings: Acceleration) -> str:
-    return "full compute" if settings.steps is None else f"{settings.steps} steps asked for by {settings.name!r}"
+    asked = [] if settings.steps is None else [f"{settings.steps} steps"]
+    asked += [] if settings.shift is None else [f"shift {settings.shift:g}"]
+    return f"{' and '.join(asked)} asked for by {settings.name!r}" if asked else "full compute"
 
 
 def _per_latent(actions: tuple[Action, ...], shape: ChunkShape) -> tuple[Action | None, ...]:

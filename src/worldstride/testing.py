@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,10 @@ def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
         not torch.equal(first, _denoise(model, case, inputs, context, other.noise)),
         "other noise gave the same latents: the noise that is passed in must be honoured",
     )
+    _check(
+        not torch.equal(first, _denoise(model, case, model.prepare(_steered(case, other)), context, case.noise)),
+        "other cameras and actions gave the same latents: the chunk's conditions are ignored",
+    )
     _check_context(model, case, other, first, context, inputs)
     _check_given(model, case, inputs, first)
 
@@ -93,10 +97,11 @@ def _check_context(
     _check(not torch.equal(first, changed), "other context latents gave the same chunk: the context is ignored")
     moved = _Case(**{**vars(case), "cameras": other.cameras})
     changed = _denoise(model, case, inputs, _context(model, moved), case.noise)
-    _check(not torch.equal(first, changed), "other context cameras gave the same chunk: the context's cameras are ignored")
-    again = model.encode_context(
-        case.latents, case.cameras, (), case.positions, case.kinds, context, attend
+    _check(
+        not torch.equal(first, changed), "other context cameras gave the same chunk: the context's cameras are ignored"
     )
+    with _untouched(case.latents, case.cameras):
+        again = model.encode_context(case.latents, case.cameras, (), case.positions, case.kinds, context, attend)
     _check(
         torch.equal(first, _denoise(model, case, inputs, again, case.noise)),
         "encoding the same context with `previous` given changed the chunk",
@@ -105,7 +110,8 @@ def _check_context(
 
 def _check_given(model: WorldModel, case: _Case, inputs: tuple[object, ...], first: Tensor) -> None:
     clean, head = case.conditions.clean, case.shape.clean
-    once = model.clamp(case.noise, inputs[0])
+    with _untouched(case.noise):
+        once = model.clamp(case.noise, inputs[0])
     _check(torch.equal(once, model.clamp(once, inputs[0])), "clamp must be idempotent")
     _check(torch.equal(once[:, head:], case.noise[:, head:]), "clamp must leave new latents alone")
     if clean is not None:
@@ -114,10 +120,6 @@ def _check_given(model: WorldModel, case: _Case, inputs: tuple[object, ...], fir
     kept = model.commit(first, inputs[0])
     expected = (1, case.shape.new, *model.latent_shape)
     _check(tuple(kept.shape) == expected, f"commit gave shape {list(kept.shape)}, expected {list(expected)}")
-    _check(
-        not case.conditions.actions or len(case.conditions.actions) == case.shape.frames,
-        "a chunk takes one action a frame",
-    )
 
 
 def _check_decoder(model: WorldModel, chunks: tuple[int, ...], seed: int) -> None:
@@ -130,14 +132,23 @@ def _check_decoder(model: WorldModel, chunks: tuple[int, ...], seed: int) -> Non
         state: Mapping[str, Tensor] = {}
         frames = []
         for k, piece in zip(chunks, pieces, strict=True):
-            part, state = model.decoder.decode(piece, state)
+            with _untouched(piece, *state.values()):
+                part, state = model.decoder.decode(piece, state)
+            model.decoder.decode(-piece, {})  # another world in between
             expected = model.chunk(k).frames
-            _check(part.dtype == torch.uint8 and part.ndim == 5, f"decode must give uint8 [B, F, H, W, 3], got {part.dtype}")
-            _check(part.shape[1] == expected, f"chunk {k} decodes to {part.shape[1]} frames, chunk({k}) says {expected}")
+            _check(
+                part.dtype == torch.uint8 and part.ndim == 5,
+                f"decode must give uint8 [B, F, H, W, 3], got {part.dtype}",
+            )
+            _check(
+                part.shape[1] == expected, f"chunk {k} decodes to {part.shape[1]} frames, chunk({k}) says {expected}"
+            )
             frames.append(part)
         whole, _ = model.decoder.decode(torch.cat(pieces, 1), {})
         again, _ = model.decoder.decode(pieces[0], {})
-    _check(torch.equal(again, frames[0]), "a fresh decode after others differs: no decode state may stay on the decoder")
+    _check(
+        torch.equal(again, frames[0]), "a fresh decode after others differs: no decode state may stay on the decoder"
+    )
     streamed = torch.cat(frames, 1)
     close = streamed.shape == whole.shape and int((streamed.int() - whole.int()).abs().max()) <= 1
     _check(close, "decoding chunk by chunk differs from decoding at once by more than one level")
@@ -165,6 +176,13 @@ def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], seed: int) -> _C
     return _Case(shape, latents(count), cameras(count), positions, torch.tensor(kinds), conditions, latents(total))
 
 
+def _steered(case: _Case, other: _Case) -> Conditions:
+    """The case's chunk, steered elsewhere."""
+    cameras, actions = other.conditions.cameras.clone(), (Action(frozenset({"KeyW"})),) * case.shape.frames
+    cameras[:, : case.shape.clean] = case.conditions.cameras[:, : case.shape.clean]
+    return replace(case.conditions, cameras=cameras, frame_cameras=other.conditions.frame_cameras, actions=actions)
+
+
 def _context(model: WorldModel, case: _Case) -> Context:
     with _untouched(case.latents, case.cameras):
         return model.encode_context(case.latents, case.cameras, (), case.positions, case.kinds, None, attend)
@@ -179,8 +197,9 @@ def _denoise(model: WorldModel, case: _Case, inputs: tuple[object, ...], context
 
 
 def _rollout(model: WorldModel, case: _Case) -> Tensor:
-    context = _context(model, case)
-    return _denoise(model, case, model.prepare(case.conditions), context, case.noise)
+    context, given = _context(model, case), case.conditions
+    with _untouched(given.cameras, given.frame_cameras, *([] if given.clean is None else [given.clean])):
+        return _denoise(model, case, model.prepare(given), context, case.noise)
 
 
 @contextmanager

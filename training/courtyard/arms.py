@@ -17,14 +17,13 @@ import torch
 import tyro
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "ray": (),
-    "ray_relative": ("--model.camera", "ray_relative"),
+    "ray": ("--model.camera", "ray"),
     "projective": ("--model.camera", "projective"),
-    "both": ("--model.camera", "both"),
-    "ray, no refinement": ("--model.refine", "0"),
-    "ray, sink 4 for 4 of the memory": ("--model.sink", "4", "--model.memory", "4"),
-    "ray, width 320 x 5": ("--model.width", "320", "--model.heads", "5", "--model.depth", "5"),
-    "ray, window 12": ("--model.window", "12"),
+    "both": (),
+    "ray, no refinement": ("--model.camera", "ray", "--model.refine", "0"),
+    "ray, sink 4 for 4 of the memory": ("--model.camera", "ray", "--model.sink", "4", "--model.memory", "4"),
+    "ray, width 320 x 5": ("--model.camera", "ray", "--model.width", "320", "--model.heads", "5", "--model.depth", "5"),
+    "ray, window 12": ("--model.camera", "ray", "--model.window", "12"),
 }
 
 

@@ -72,8 +72,15 @@ class Pool:
     """Walks of one family as uint8 patches on the device; the oldest are rendered anew as training goes."""
 
     def __init__(
-        self, family: str, size: int, fresh: int, config: CourtyardConfig, generator: torch.Generator,
-        trace: Callable[..., tuple[Tensor, Tensor, Tensor]] = worlds.trace, frames: int | None = None, at_once: int = 16,
+        self,
+        family: str,
+        size: int,
+        fresh: int,
+        config: CourtyardConfig,
+        generator: torch.Generator,
+        trace: Callable[..., tuple[Tensor, Tensor, Tensor]] = worlds.trace,
+        frames: int | None = None,
+        at_once: int = 16,
     ) -> None:
         self._sample, self._walk, default = FAMILIES[family]
         self.family, self.frames, self.config, self.fresh = family, frames or default, config, fresh
@@ -132,13 +139,25 @@ class Pool:
         gap = (starts - start[:, None]).clamp_max(int(FAR_GAP))
         ranks, kinds = context_ranks(kind, device)
         return Batch(
-            context, take(self.cameras, rows, index), ranks.expand(batch, -1), kinds.expand(batch, -1),
-            take(self.patches, rows, frames).unflatten(1, (-1, c)), take(self.cameras, rows, frames).unflatten(1, (-1, c)),
-            gap[..., None] + torch.arange(c, device=device), rows, frames,
-        )  # fmt: skip
+            context,
+            take(self.cameras, rows, index),
+            ranks.expand(batch, -1),
+            kinds.expand(batch, -1),
+            take(self.patches, rows, frames).unflatten(1, (-1, c)),
+            take(self.cameras, rows, frames).unflatten(1, (-1, c)),
+            gap[..., None] + torch.arange(c, device=device),
+            rows,
+            frames,
+        )
 
     def _memory(
-        self, rows: Tensor, starts: Tensor, start: Tensor, kind: ContextKind, random: float, uniform: Callable[..., Tensor]
+        self,
+        rows: Tensor,
+        starts: Tensor,
+        start: Tensor,
+        kind: ContextKind,
+        random: float,
+        uniform: Callable[..., Tensor],
     ) -> Tensor:
         ends = torch.stack([starts, starts + self.config.chunk - 1], -1).flatten(1)  # first and last coming frame
         weights = retrieval.coverage(take(self.cameras, rows, ends), self.cameras[rows], self.points, self.intrinsics)

@@ -48,7 +48,9 @@ def shoot(scene: worlds.Scene, pose: Tensor, config: CourtyardConfig, at_once: i
     time = torch.arange(n, device=pose.device, dtype=torch.float32).expand(len(pose), -1)
     block = max(1, at_once // n)
     parts = [
-        patchify(worlds.render(scene[i : i + block], pose[i : i + block], time[i : i + block], config.size), config.patch)
+        patchify(
+            worlds.render(scene[i : i + block], pose[i : i + block], time[i : i + block], config.size), config.patch
+        )
         for i in range(0, len(pose), block)
     ]
     return Walks(scene, pose, camera.camera_from_pose(pose), torch.cat(parts))
@@ -100,9 +102,13 @@ def predict(
         generator = torch.Generator(context.device).manual_seed(1000 * seed + i)
         noise = torch.randn(*lead, *model.latent_shape, generator=generator, device=context.device)
         plan = DenoisePlan(model.sampler(steps, shift))
-        clean, _, _ = denoise(model, noise, inputs, written, plan, attend, lambda _: noise)
+        clean, _, _ = denoise(model, noise, inputs, written, plan, attend, _no_fresh_noise)
         out.append(((clean.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(out)
+
+
+def _no_fresh_noise(step: int) -> Tensor:
+    raise RuntimeError(f"an Euler sampler asked for fresh noise at step {step}")
 
 
 def images(patches: Tensor, config: CourtyardConfig) -> Tensor:
@@ -113,7 +119,9 @@ def images(patches: Tensor, config: CourtyardConfig) -> Tensor:
 class HeldOut:
     """One chunk of each held-out walk, teacher-forced, with its pixels' classes."""
 
-    def __init__(self, walks: Walks, config: CourtyardConfig, trace: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None) -> None:
+    def __init__(
+        self, walks: Walks, config: CourtyardConfig, trace: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    ) -> None:
         device, (count, n) = walks.pose.device, walks.pose.shape[:2]
         self.walks, self.config = walks, config
         self.rows = torch.arange(count, device=device)

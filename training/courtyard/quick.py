@@ -37,7 +37,11 @@ class Quick:
                     for name, mask in held.masks().items():
                         out[f"court_{name}_{how}"] = metrics.mean(metrics.psnr(image, held.truth, mask))
                 if how == "pose":
-                    inner = metrics.gradient(image, border=patch).mean() / metrics.gradient(held.truth, border=patch).mean()
+                    inner = (
+                        metrics.gradient(image, border=patch).mean() / metrics.gradient(held.truth, border=patch).mean()
+                    )
                     out[f"{family}_sharp"] = float(inner)
-                    out[f"{family}_seam"] = float(metrics.seam(image, patch).mean() / metrics.seam(held.truth, patch).mean())
+                    out[f"{family}_seam"] = float(
+                        metrics.seam(image, patch).mean() / metrics.seam(held.truth, patch).mean()
+                    )
         return out

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import tyro
 from checkpoint import flat_state, load_state, part, save_state, save_weights
 from data import Batch, ContextKind, Pool
+from group import Group
 from optimizer import Optimizer
 from quick import Quick
 from torch import Tensor
@@ -27,7 +27,7 @@ from worldstride import worlds
 from worldstride.attention import attend
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import geometry
-from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count
+from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count, unpatchify
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Settings:
     out: Path = Path("out/training")
     """Where weights, state and log go."""
     model: CourtyardConfig = field(default_factory=CourtyardConfig)
-    minutes: float = 14.0
+    minutes: float = 15.2
     """Length of the run after compilation; the learning rate follows it."""
     steps: int = 1_000_000
     """Most optimiser steps; whichever of the two ends first."""
@@ -53,7 +53,9 @@ class Settings:
     """Share of the run over which the rates fall linearly to 1 %."""
     average: float = 0.999
     """Decay of the averaged weights."""
-    plain_share: float = 0.45
+    seam: float = 0.25
+    """Weight of the squared jump of the error across patch borders."""
+    plain_share: float = 0.55
     """Share of steps on plain static courts; the rest on courts with rooms and moving things."""
     plain_pool: int = 4096
     """Plain worlds held a GPU (64 frames each)."""
@@ -69,7 +71,7 @@ class Settings:
     """Point of the run from which contexts may hold the model's own predictions."""
     own_share: float = 0.5
     """Share of such contexts."""
-    quick: int = 4
+    quick: int = 3
     """Evaluations on held-out plain courts during the run."""
     state_minutes: float = 5.0
     """Minutes between saved states."""
@@ -86,9 +88,20 @@ class Settings:
         """The same run in miniature."""
         tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=2)
         return replace(
-            self, model=tiny, minutes=5, steps=6 if self.steps > 100 else self.steps, batch=2, plain_pool=2, courtyard_pool=1,
-            refresh_plain=1, refresh_courtyard=1, refresh_every=3, quick=1, compile=False, own_from=0.0,
-        )  # fmt: skip
+            self,
+            model=tiny,
+            minutes=5,
+            steps=6 if self.steps > 100 else self.steps,
+            batch=2,
+            plain_pool=2,
+            courtyard_pool=1,
+            refresh_plain=1,
+            refresh_courtyard=1,
+            refresh_every=3,
+            quick=1,
+            compile=False,
+            own_from=0.0,
+        )
 
 
 def context_kinds(config: CourtyardConfig) -> list[ContextKind]:
@@ -96,40 +109,6 @@ def context_kinds(config: CourtyardConfig) -> list[ContextKind]:
     full = ContextKind(config.memory, config.window, config.sink)
     half_memory, half_window = replace(full, memory=config.memory // 2), replace(full, window=config.window // 2)
     return [full] * 6 + [replace(full, memory=0), half_memory, half_window]
-
-
-class Group:
-    """The processes of a run: gradients are averaged, decisions follow rank 0."""
-
-    def __init__(self) -> None:
-        self.many = "RANK" in os.environ
-        self.cuda = torch.cuda.is_available()
-        if self.many:
-            dist.init_process_group("nccl" if self.cuda else "gloo")
-        self.rank = dist.get_rank() if self.many else 0
-        self.size = dist.get_world_size() if self.many else 1
-        self.device = torch.device("cuda", self.rank % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
-        if self.cuda:
-            torch.cuda.set_device(self.device)
-
-    def average_gradients(self, parameters: list[Tensor]) -> None:
-        """Mean over all processes, in one message."""
-        if not self.many:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat, dist.ReduceOp.SUM)
-        flat /= self.size
-        parts = flat.split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(parts, grads, strict=True)])
-
-    def agree(self, value: float) -> float:
-        """Rank 0's value, everywhere."""
-        if not self.many:
-            return value
-        tensor = torch.tensor([value], device=self.device, dtype=torch.float64)
-        dist.broadcast(tensor, 0)
-        return float(tensor)
 
 
 class Trainer:
@@ -149,8 +128,11 @@ class Trainer:
         if settings.resume is not None:
             self._resume(settings.resume)
         # generators of the training worlds never meet those of single seeded worlds, which live on the CPU
-        self.generator = torch.Generator(self.device).manual_seed(2**40 + 1000 * settings.seed + group.rank + 7919 * self.step)
-        self.log(f"{parameter_count(self.network) / 1e6:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
+        self.generator = torch.Generator(self.device).manual_seed(
+            2**40 + 1000 * settings.seed + group.rank + 7919 * self.step
+        )
+        millions = parameter_count(self.network) / 1e6
+        self.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
         compiled = settings.compile and group.cuda
         trace = torch.compile(worlds.trace, dynamic=False) if compiled else worlds.trace
         if compiled:
@@ -160,7 +142,10 @@ class Trainer:
             if self.network.refine is not None:
                 self.network.refine.compile(dynamic=False)
             self.network.run = torch.compile(Block.forward, dynamic=False)
-        sizes = {"plain": (settings.plain_pool, settings.refresh_plain), "courtyard": (settings.courtyard_pool, settings.refresh_courtyard)}
+        sizes = {
+            "plain": (settings.plain_pool, settings.refresh_plain),
+            "courtyard": (settings.courtyard_pool, settings.refresh_courtyard),
+        }
         self.pools: dict[str, Pool] = {}
         for family, (size, fresh) in sizes.items():
             frames = 24 if settings.smoke else None
@@ -234,8 +219,9 @@ class Trainer:
                 each.own = each.patches.clone() if each.own is None else each.own
         batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own)
         sigma, predicted, target = self._predict(batch)
-        error = (predicted.float() - target.float()).square().mean((2, 3, 4))  # [B, R]
-        loss = (error / sigma.clamp_min(0.1)).mean()
+        difference = predicted.float() - target.float()
+        error = difference.square().mean((2, 3, 4))  # [B, R]
+        loss = ((error + s.seam * self._jump(difference)) / sigma.clamp_min(0.1)).mean()
         loss.backward()
         self.group.average_gradients(list(self.network.parameters()))
         rate = min(1.0, (since + 1) / 150) * min(1.0, max(0.01, (1 - self.progress) / s.decay))
@@ -265,14 +251,24 @@ class Trainer:
         sigma = 1 - torch.where(uniform(b, r) < 0.1, 0.02 * uniform(b, r), clean)
         wide = sigma[..., None, None, None]
         noisy = ((1 - wide) * target + wide * normal(*target.shape)).to(self.dtype)
-        # the last recent frame stands for the whole context in the one code that is relative to a camera
-        reference = batch.context_cameras[:, -1]
-        past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds, reference)
+        past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds)
         written = self.network.context(context, past, level, attend)
         flat = [t.flatten(0, 1) for t in (batch.target_cameras, batch.target_ranks, noisy)]
-        coming = geometry(config, flat[0], flat[1], torch.zeros_like(flat[1]), reference.repeat_interleave(r, 0))
+        coming = geometry(config, flat[0], flat[1], torch.zeros_like(flat[1]))
         predicted = self.network.denoise(flat[2], coming, sigma.flatten(), written, attend)
         return sigma, predicted.unflatten(0, (b, r)), target
+
+    def _jump(self, difference: Tensor) -> Tensor:
+        """Mean squared jump [B, R] of the error across patch borders.
+
+        A quadratic form of the error like the squared error itself, so its best prediction is the same conditional
+        mean and sampling stays right; it only makes errors that end at a border dearer.
+        """
+        config = self.s.model
+        image = unpatchify(difference, config.grid, config.patch)  # [B, R, C, 3, H, W]
+        at = torch.arange(config.patch, config.size, config.patch, device=self.device)
+        across, down = image[..., at] - image[..., at - 1], image[..., at, :] - image[..., at - 1, :]
+        return (across.square().mean((2, 3, 4, 5)) + down.square().mean((2, 3, 4, 5))) / 2
 
     @staticmethod
     def _keep(own: Tensor, batch: Batch, predicted: Tensor, sigma: Tensor) -> None:
@@ -313,9 +309,13 @@ class Trainer:
         seconds = time.perf_counter() - (begin or self.born)
         name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
         facts = {
-            **self._facts(), "seconds": seconds, "device": name, "torch": torch.__version__,
-            "contexts": (self.step - first) * self.s.batch * self.group.size, "history": self.history,
-        }  # fmt: skip
+            **self._facts(),
+            "seconds": seconds,
+            "device": name,
+            "torch": torch.__version__,
+            "contexts": (self.step - first) * self.s.batch * self.group.size,
+            "history": self.history,
+        }
         self._save_state()
         (self.s.out / "training.json").write_text(json.dumps(facts, indent=1))
         if self.group.cuda and self.s.compile:

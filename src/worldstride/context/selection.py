@@ -38,11 +38,15 @@ class ContextPlan:
         """All places: sink, memory, window."""
         return [*self.sink, *self.memory, *self.window]
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Ranks and kinds [N] of the rows: the window ends at rank -1, memory and sink lie before it."""
+    def tables(self, clean: int = 0) -> tuple[Tensor, Tensor]:
+        """Ranks and kinds [N] of the rows: the window ends just before the chunk, memory and sink lie before it.
+
+        A chunk's first new latent has rank 0 and its `clean` re-imposed ones lie before that, so the window ends at
+        rank -1 - clean.
+        """
         count = len(self.rows)
         kinds = [KINDS.index("sink")] * len(self.sink) + [KINDS.index("memory")] * len(self.memory)
-        return torch.arange(-count, 0), torch.tensor(kinds + [KINDS.index("recent")] * len(self.window))
+        return torch.arange(-count, 0) - clean, torch.tensor(kinds + [KINDS.index("recent")] * len(self.window))
 
 
 def select(
@@ -68,8 +72,13 @@ def select(
         picks = retrieval.greedy(weights, valid, count)[0].sort().values
         chosen = [candidates[i] for i in picks.tolist()]
         similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
-    plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)))
+    plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), _reason(window, memory))
     return plan, Signals(similarity, float(newest), len(candidates))
+
+
+def _reason(window: int | None, memory: int | None) -> str:
+    asked = [f"{name} {n}" for name, n in (("window", window), ("memory", memory)) if n is not None]
+    return f"{' and '.join(asked)} asked for" if asked else "full compute"
 
 
 def _weights(memory: Tensor, coming: Tensor, points: Tensor, intrinsics: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from worldstride.errors import InputError
 
 
 def shifted_sigmas(steps: int, shift: float = 1.0, first: float = 1.0) -> tuple[float, ...]:
-    """Noise levels (steps + 1 of them, the last 0): an even grid s from `first`, mapped by shift s / (1 + (shift - 1) s).
+    """steps + 1 noise levels, the last 0: an even grid s from `first`, mapped by shift s / (1 + (shift - 1) s).
 
     A shift above 1 spends more steps at high noise (Esser et al., 2024, arXiv 2403.03206, eq. 23).
     """

@@ -51,7 +51,7 @@ class Renoise:
 
 
 class UniPC:
-    """Unified predictor-corrector of order 2 with B(h) = exp(h) - 1, predicting x0 (Zhao et al., 2023, arXiv 2302.04867).
+    """Unified predictor-corrector, order 2, B(h) = exp(h) - 1, predicting x0 (Zhao et al., 2023, arXiv 2302.04867).
 
     In half log signal-to-noise lambda = log((1 - sigma) / sigma) the exact solution over a step h is
     x' = (sigma'/sigma) x - alpha' expm1(-h) x0 + ... ; differences of earlier x0 predictions raise the order. The

@@ -89,7 +89,9 @@ class CourtyardModel:
         if latents.shape[1] == 0:
             return CourtyardContext((), 0)
         cameras, lead = cameras.to(self.device), latents.shape[:2]
-        where = geometry(self.config, cameras, positions.to(self.device).expand(lead), kinds.to(self.device).expand(lead))
+        where = geometry(
+            self.config, cameras, positions.to(self.device).expand(lead), kinds.to(self.device).expand(lead)
+        )
         clean = latents.to(self.device, self.dtype)
         level = torch.zeros(lead[0], device=self.device)
         written = self.network.context(clean, where, level, attend)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from worldstride.errors import InputError
 
-CameraCode = Literal["ray", "ray_relative", "projective", "both"]
+CameraCode = Literal["ray", "projective", "both"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,20 @@ class CourtyardConfig:
     """Most recent frames in the context."""
     sink: int = 0
     """First frames of the walk that always stay in the context."""
-    camera: CameraCode = "ray"
-    """How the camera enters attention: rotary angles of the token's ray ("ray"; "ray_relative" adds Pluecker input
-    features relative to the last camera, which ties keys to one chunk), projective attention on camera matrices
-    ("projective"), or both."""
+    camera: CameraCode = "both"
+    """How the camera enters attention: rotary angles of the token's ray, projective attention on camera matrices, or
+    both, in separate channels (measured best)."""
     refine: int = 16
     """Channels of the convolutions after unpatchify that mend patch borders (3 of them hold the noisy image);
     0 leaves them out."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in ("memory", "sink", "refine") else 1
+            if field.name != "camera" and (type(value) is not int or value < least):
+                raise InputError(f"{field.name} must be an integer of at least {least}, got {value!r}")
+        if self.camera not in get_args(CameraCode):
+            raise InputError(f"camera must be one of {', '.join(get_args(CameraCode))}, got {self.camera!r}")
         if self.size % self.patch:
             raise InputError(f"size must be a multiple of patch, got size {self.size} and patch {self.patch}")
         if self.refine and self.refine < 6:

@@ -35,9 +35,10 @@ _GROUND = (0.4, 1.0, 2.2, 4.8)
 _FREQUENCIES: dict[CameraCode, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {
     # azimuth (integers: the circle closes), elevation, ground point along x and along z (radians per metre)
     "ray": ((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24), (1, 2, 4, 6, 8, 12, 16, 24), _GROUND),
-    "ray_relative": ((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24), (1, 2, 4, 6, 8, 12, 16, 24), _GROUND),
     "both": ((1, 2, 3, 5, 8, 12, 16, 24), (2, 6, 12, 24), _GROUND),
 }
+FEATURES = 21
+"""Width of `Geometry.features`."""
 _GRID = (0.1, 0.25, 0.5, 0.9, 1.5, 2.4)
 """Radians per patch, for projective attention alone, whose rotary half sees the image grid."""
 
@@ -58,29 +59,17 @@ class Geometry:
     """Their inverses."""
 
 
-def feature_count(config: CourtyardConfig) -> int:
-    """Width of `Geometry.features`."""
-    return 56 if config.camera == "ray_relative" else 21
-
-
 def projective_channels(config: CourtyardConfig) -> int:
     """Channels of a head under camera matrices (a multiple of 4); the rest are rotary."""
     return {"projective": 32, "both": 16}.get(config.camera, 0)
 
 
-def geometry(
-    config: CourtyardConfig, cameras: Tensor, ranks: Tensor, kinds: Tensor, reference: Tensor | None = None
-) -> Geometry:
-    """Geometry of cameras [B, F, 4, 4] at ranks [B, F] of kinds [B, F]; `reference` [B, 4, 4] for "ray_relative"."""
+def geometry(config: CourtyardConfig, cameras: Tensor, ranks: Tensor, kinds: Tensor) -> Geometry:
+    """Geometry of cameras [B, F, 4, 4] at ranks [B, F] of kinds [B, F]."""
     cameras = cameras.float()
     intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(cameras)
     direction = camera.rays(cameras, intrinsics, config.grid, config.grid).flatten(2, 3)  # [B, F, n, 3]
-    if config.camera == "ray_relative":
-        if reference is None:
-            raise ValueError("camera code 'ray_relative' needs the reference camera")
-        features = _relative_features(config, cameras, reference)
-    else:
-        features = _own_features(cameras, direction)
+    features = _own_features(cameras, direction)
     pairs = [_ray_angles(config, cameras, direction), _time_angles(ranks, kinds, config.tokens)]
     angle = torch.cat(pairs, -1).flatten(1, 2)[:, None]  # [B, 1, F n, pairs]
     project = unproject = None
@@ -121,15 +110,6 @@ def _own_features(cameras: Tensor, direction: Tensor) -> Tensor:
     sin, cos = flat[..., 0, None], flat[..., 1, None]
     x, y, z = direction.unbind(-1)
     return _harmonics(torch.stack([cos * x - sin * z, y, sin * x + cos * z], -1))
-
-
-def _relative_features(config: CourtyardConfig, cameras: Tensor, reference: Tensor) -> Tensor:
-    seen = camera.relative(cameras, reference[:, None])
-    intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(cameras)
-    direction = camera.rays(seen, intrinsics, config.grid, config.grid).flatten(2, 3)
-    origin = seen[..., None, :3, 3].expand_as(direction)
-    moment = torch.linalg.cross(origin, direction)
-    return _harmonics(torch.cat([origin[..., ::2], direction, moment], -1))
 
 
 def _harmonics(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from worldstride import rope
 from worldstride.attention import Attend
 from worldstride.models.courtyard.config import CourtyardConfig
-from worldstride.models.courtyard.geometry import Geometry, feature_count, projective_channels
+from worldstride.models.courtyard.geometry import FEATURES, Geometry, projective_channels
 
 KeysValues = tuple[Tensor, Tensor]
 """One block's context: keys and values [B, heads, tokens, head_dim], positions already applied."""
@@ -85,7 +85,14 @@ class Block(nn.Module):
         return x, k, v
 
     def _place(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, project: Tensor | None, unproject: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        project: Tensor | None,
+        unproject: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if project is None or unproject is None:
             return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
@@ -133,7 +140,7 @@ class CourtyardNetwork(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.clean_in, self.noisy_in = nn.Linear(config.values, width), nn.Linear(config.values, width)
-        self.camera_in = nn.Linear(feature_count(config), width)
+        self.camera_in = nn.Linear(FEATURES, width)
         self.place = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.level1, self.level2 = nn.Linear(32, width), nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))

@@ -25,7 +25,9 @@ def shipped() -> Path:
     """Path of the weights inside the package; `CheckpointError` where the installation lacks them."""
     path = Path(str(resources.files("worldstride.models.courtyard") / FILE))
     if not path.is_file():
-        raise CheckpointError(f"the installed package holds no {FILE} for the courtyard model; reinstall it or give a path")
+        raise CheckpointError(
+            f"the installed package holds no {FILE} for the courtyard model; reinstall it or give a path"
+        )
     return path
 
 
@@ -47,7 +49,9 @@ def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{file} holds no courtyard weights: format is {metadata.get('format')!r}, not {FORMAT!r}")
+            raise CheckpointError(
+                f"{file} holds no courtyard weights: format is {metadata.get('format')!r}, not {FORMAT!r}"
+            )
         config = CourtyardConfig(**json.loads(metadata["config"]))
         tensors = load(data)
     except OSError as error:

@@ -1,0 +1,54 @@
+"""The command line: `worldstride COMMAND ...`, one class of `worldstride.commands` a command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from tyro.conf import subcommand
+
+from worldstride import __version__
+from worldstride.commands.bench import Bench
+from worldstride.commands.compare import Compare
+from worldstride.commands.doctor import Doctor
+from worldstride.commands.models import Models
+from worldstride.commands.rollout import Rollout
+from worldstride.commands.verify import Verify
+from worldstride.errors import WorldstrideError
+
+Command = (
+    Annotated[Rollout, subcommand("rollout")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Models, subcommand("models")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit statuses of a wrong input and of Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; `argv` defaults to the process's own arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"worldstride {__version__}")
+        return 0
+    described = "Interactive video world models. `worldstride COMMAND --help` explains a command; --version."
+    try:
+        command = tyro.cli(Command, prog="worldstride", description=described, args=arguments)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return command.run(shlex.join(["worldstride", *arguments]))
+    except WorldstrideError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""`worldstride rollout`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tyro.conf import arg
+
+from worldstride.atomic import temporary_beside
+from worldstride.bench.environment import environment
+from worldstride.bench.results import write_json
+from worldstride.commands.options import EngineOptions, Family, ModelName, OptionalInt, OptionalPath, OptionalText
+from worldstride.errors import InputError
+from worldstride.report import ChunkReport
+from worldstride.saving import open_session
+from worldstride.session import Session
+from worldstride.trajectory import Trajectory, load_trajectory
+from worldstride.video import VideoWriter
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Walk through a world along a trajectory; write a video and a report. Ctrl-C keeps what is done so far."""
+
+    model: ModelName
+    """Name of the model, see `worldstride models`."""
+    trajectory: str
+    """Moves such as "w-12,right-12", a .json or .npy file, or a folder with poses.npy."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None
+    """Video to write (.mp4, .mkv, .mov)."""
+    report: OptionalPath = None
+    """Report to write; without it, the video's name with .json."""
+    save: OptionalPath = None
+    """Where to save the world at the end, to go on with --from."""
+    source: Annotated[Path | None, arg(name="from", metavar="PATH")] = None
+    """Saved world to go on from."""
+    seed: OptionalInt = None
+    """Seed of the world; 0 where none is given."""
+    family: Annotated[Family | None, arg(metavar="{courtyard,plain,corridor}")] = None
+    """Kind of the world; courtyard where none is given."""
+    noise_seed: OptionalInt = None
+    """Seed of what is dreamt; the world's seed where none is given."""
+    acceleration: OptionalText = None
+    """Preset's name or .json file of settings; full compute where none is given."""
+    fps: int = 10
+    """Frames per second of the video."""
+    scale: int = 4
+    """Whole factor by which the video enlarges the frames."""
+    engine: Annotated[EngineOptions, arg(name="")] = field(default_factory=EngineOptions)
+
+    def run(self, command: str) -> int:
+        """Play, write, and return 0, or 130 after Ctrl-C."""
+        trajectory = load_trajectory(self.trajectory)
+        report = self.report or (self.output.with_suffix(".json") if self.output else None)
+        if report is not None and report == self.output:
+            raise InputError(f"the video and its report cannot both be {report}; name another --report")
+        for path in (self.output, report, self.save):
+            if path is not None:
+                temporary_beside(path)  # refuses a missing folder before any work is done
+        session = self._session()
+        given = _shown(session)
+        reports: list[ChunkReport] = []
+        facts = self._facts(session, command)
+        with _Interrupts() as interrupts:
+            error: str | None = None
+            try:
+                last = self._play(session, trajectory, given, reports, interrupts)
+                if self.save is not None:
+                    last.save(self.save)
+            except BaseException as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                raise
+            finally:
+                if report is not None:
+                    done = {"interrupted": interrupts.asked, "error": error, "totals": _totals(reports)}
+                    write_json(report, {**facts, **done, "chunks": [r.to_json() for r in reports]})
+        totals = _totals(reports)
+        made = ", ".join(str(p) for p in (self.output, report, self.save) if p is not None)
+        speed = f"{totals['frames']} frames in {totals['seconds']:.1f} s ({totals['frames_per_second']:.1f} frames/s)"
+        print(f"{'interrupted after ' if interrupts.asked else ''}{speed}{' -> ' + made if made else ''}")
+        return 130 if interrupts.asked else 0
+
+    def _session(self) -> Session:
+        settings = self.acceleration or "off"
+        if self.source is None:
+            engine = self.engine.load(self.model, settings)
+            return engine.new(self.seed or 0, self.noise_seed, self.family or "courtyard")
+        if self.seed is not None or self.family is not None:
+            raise InputError("a saved world knows its seed and family; leave out --seed and --family beside --from")
+        asked = self.engine.path is not None or self.engine.weights == "random"
+        session = open_session(self.source, self.engine.device, self.engine.load(self.model) if asked else None)
+        if session.engine.source.model != self.model:
+            raise InputError(f"{self.source} is a world of {session.engine.source.model!r}, not of {self.model!r}")
+        if self.noise_seed is not None:
+            session = session.fork(self.noise_seed)
+        if self.acceleration is not None:
+            session.acceleration = settings
+        return session
+
+    def _facts(self, session: Session, command: str) -> dict[str, object]:
+        seed = self.seed or 0
+        world: dict[str, object] = {"from": str(self.source), "noise_seed": self.noise_seed}
+        if self.source is None:
+            noise = seed if self.noise_seed is None else self.noise_seed
+            world = {"family": self.family or "courtyard", "seed": seed, "noise_seed": noise}
+        return {
+            "format": "worldstride-rollout",
+            **environment(session.engine.device, command),
+            "engine": asdict(session.engine.source),
+            "world": world,
+            "acceleration": session.acceleration.to_json(),
+            "trajectory": self.trajectory,
+            "video": None if self.output is None else self.output.name,
+            "fps": self.fps,
+        }
+
+    def _play(
+        self, session: Session, trajectory: Trajectory, given: np.ndarray, reports: list[ChunkReport],
+        interrupts: _Interrupts,
+    ) -> Session:  # fmt: skip
+        """Fill `reports` and the video; returns the session as it was after the last finished chunk."""
+        with contextlib.ExitStack() as stack:
+            video = None
+            if self.output is not None:
+                size = (given.shape[1], given.shape[2])
+                video = stack.enter_context(VideoWriter(self.output, self.fps, size, scale=self.scale))
+                if self.source is None:  # a saved world's first frames are in its first video
+                    video.write(given)
+            bar = stack.enter_context(tqdm(total=len(trajectory), unit="frame", desc=self.model, mininterval=0.2))
+            chunks, kept = session.play(trajectory), session
+            while not interrupts.asked:
+                try:
+                    with interrupts.at_once():
+                        chunk = next(chunks, None)
+                except KeyboardInterrupt:
+                    break
+                if chunk is None:
+                    break
+                if video is not None:
+                    video.write(chunk.frames)
+                reports.append(chunk.report)
+                if self.save is not None:
+                    kept = session.fork()  # a step cut short may leave the session between two chunks
+                bar.set_postfix_str(f"{chunk.report.frames_per_second:.1f} frames/s", refresh=False)
+                bar.update(min(chunk.report.frames, len(trajectory) - bar.n))
+        return kept
+
+
+class _Interrupts:
+    """Ctrl-C cuts a model step short at once; while a chunk is being written down it waits for the end of that.
+
+    So the video and the report always hold the same chunks.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._at_once = False
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():  # only there Python takes signals
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        else:
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self._at_once:
+            self._at_once = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While in this block, Ctrl-C raises `KeyboardInterrupt`."""
+        self._at_once = True
+        try:
+            if self.asked:  # it came just before
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
+
+def _shown(session: Session) -> np.ndarray:
+    """The frames that the world has so far, as far as its history reaches: uint8 [F, H, W, 3]."""
+    model, history = session.engine.model, session.history
+    with torch.inference_mode():
+        rows = list(range(max(0, len(history) - model.chunk(0).window), len(history)))
+        latents = history.latents(rows, model.device, model.latent_shape)
+        return model.decoder.decode(latents[None], {})[0][0].cpu().numpy()
+
+
+def _totals(reports: list[ChunkReport]) -> dict[str, float]:
+    seconds = sum(r.seconds["total"] for r in reports)
+    frames = sum(r.frames for r in reports)
+    return {
+        "chunks": len(reports),
+        "frames": frames,
+        "evaluations": sum(e.computed for r in reports for e in r.evaluations),
+        "seconds": seconds,
+        "frames_per_second": frames / max(seconds, 1e-9) if frames else 0.0,
+    }

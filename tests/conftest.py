@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from joint_model import JointModel, joint_engine
+
+import worldstride
+from worldstride.acceleration import resolve
+from worldstride.engine import Engine, EngineSource
+from worldstride.models.courtyard.adapter import CourtyardModel
+from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.weights import random_network
+
+TINY = CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> CourtyardConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_engine() -> Engine:
+    """A courtyard model of 24 x 24 pixels with random weights."""
+    model = CourtyardModel(random_network(TINY).eval(), torch.float32)
+    return Engine(model, EngineSource("courtyard", None, "random", "tiny"), resolve("off"))
+
+
+@pytest.fixture(scope="session")
+def full_engine() -> Engine:
+    """The shipped configuration with random weights."""
+    return worldstride.load("courtyard", weights="random", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def joint() -> Engine:
+    return joint_engine()
+
+
+@pytest.fixture(scope="session")
+def guided() -> Engine:
+    """The joint model with two guidance branches and float32 storage."""
+    return joint_engine(JointModel(torch.float32, guidance=3.0))
