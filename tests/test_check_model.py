@@ -139,11 +139,14 @@ class CommitsAll(JointModel):
 
 
 class LiesAboutContext(JointModel):
+    def velocity(self, x, sigma, inputs, context, attend) -> Velocity:
+        return super().velocity(x, sigma, inputs, JointContext(**vars(context)), attend)
+
     def encode_context(self, latents, cameras, actions, positions, kinds, previous, attend) -> Context:
         made = super().encode_context(latents, cameras, actions, positions, kinds, previous, attend)
 
         class Lying(JointContext):
-            latents = 1  # type: ignore[assignment]
+            latents = property(lambda self: self.remembered.shape[1] + 1)  # type: ignore[assignment]
 
         return Lying(**vars(made))
 
@@ -274,7 +277,7 @@ class WritesIntoState(CodecOf):
         (ClampsTooMuch, "clamp must leave new latents alone"),
         (ClampsAgain, "clamp must be idempotent"),
         (CommitsAll, r"commit gave shape \[1, 15, 4, 2, 3\], expected \[1, 14, 4, 2, 3\]"),
-        (LiesAboutContext, "context.latents is 1, but 5 latents were encoded"),
+        (LiesAboutContext, "context.latents is 6, but 5 latents were encoded"),
         (WeighsNothing, "context.bytes must be positive"),
         (ServesPrevious, "with `previous` given changed the chunk"),
         (WritesIntoContext, "wrote into its inputs"),

@@ -37,7 +37,7 @@ class Settings:
     out: Path = Path("out/training")
     """Where weights, state and log go."""
     model: CourtyardConfig = field(default_factory=CourtyardConfig)
-    minutes: float = 15.2
+    minutes: float = 14.0
     """Length of the run after compilation; the learning rate follows it."""
     steps: int = 1_000_000
     """Most optimiser steps; whichever of the two ends first."""
