@@ -41,7 +41,12 @@ class Doctor:
             _say("courtyard weights", f"missing: {error}")
         for module, (purpose, how) in _OPTIONAL.items():
             found = importlib.util.find_spec(module) is not None
-            _say(module, f"{importlib.metadata.version(module)} ({purpose})" if found else f"not installed; {purpose} need it: {how}")
+            _say(
+                module,
+                f"{importlib.metadata.version(module)} ({purpose})"
+                if found
+                else f"not installed; {purpose} need it: {how}",
+            )
         return 0
 
 

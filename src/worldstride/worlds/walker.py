@@ -48,7 +48,8 @@ def step_pose(
     )  # [B, 2]
     move = move * (REACH / move.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1.0)
     rects = free_rectangles(scene, _MARGIN, now[:, None])  # [B, 1, R, 4]
-    point, count = pose[:, None, :2], math.ceil(REACH / _SUBSTEP)
+    # a wall or door may have come closer while one stood still, so at least one substep is made
+    point, count = pose[:, None, :2], max(1, math.ceil(float(move.norm(dim=-1).max()) / _SUBSTEP))
     for _ in range(count):
         point = _advance(scene, point, move[:, None] / count, rects)
     tilt = (pose[:, 3] + nod).clamp(-PITCH_LIMIT, PITCH_LIMIT)

@@ -1,0 +1,110 @@
+"""Held-out walks with their truth: frames of the renderer, and what is known of every pixel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from worldstride import noise as noises
+from worldstride import worlds
+from worldstride.camera import camera_from_pose
+
+Walk = Literal["look away and back", "journey"]
+CLASSES = ("revisited", "recent", "novel", "moving")
+"""Classes of pixels: on still surfaces, seen before but not in the recent window, seen in it, never seen; and on
+surfaces that move."""
+
+_AWAY = 24  # frames of half a turn
+_BLOCK = 32  # frames whose co-visibility is computed at once
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutWorld:
+    """A walk through a world that no training saw."""
+
+    seed: int
+    walk: Walk
+    given: int
+    """Frames at the head that the model is given."""
+    frames: Tensor
+    """Truth, uint8 [n, H, W, 3]."""
+    cameras: Tensor
+    """[n, 4, 4]"""
+    masks: dict[str, Tensor]
+    """Pixels of each of `CLASSES`, bool [n - given, H, W]."""
+
+    @property
+    def truth(self) -> Tensor:
+        """The frames to be dreamt, float [n - given, 3, H, W] in [0, 1]."""
+        return self.frames[self.given :].movedim(-1, 1).float() / 255
+
+
+def look_away_walk(scene: worlds.Scene, start: Tensor, given: int, frames: int, side: int = 1) -> Tensor:
+    """Stand for `given` frames, then turn half around and back, again and again: poses [1, frames, 4].
+
+    `start` is a pose [1, 4] inside the scene, `side` 1 begins to the right, -1 to the left; the next turn goes to the
+    other side. A small drift to and fro keeps two views of one place from being the same picture. Half a turn takes
+    24 frames, or less of a turn is made where the walk is shorter.
+    """
+    away = max(1, min(_AWAY, (frames - given) // 2))
+    poses = [start]
+    for i in range(1, frames):
+        phase = i - given
+        swing, back = divmod(phase, 2 * away) if phase >= 0 else (0, 0)
+        turn = 0.0 if phase < 0 else (math.pi / _AWAY) * (1 if back < away else -1) * (-1) ** swing * side
+        drift = 0.02 * math.cos(0.35 * i)  # metres; sums to at most 6 cm to and fro
+        poses.append(worlds.step_pose(scene, poses[-1], drift, 0.0, turn, 0.0, float(i)))
+    return torch.stack(poses, 1)
+
+
+def held_out_world(
+    family: str, seed: int, walk: Walk, given: int, chunks: Sequence[int], windows: Sequence[int], size: int
+) -> HeldOutWorld:
+    """Render one held-out walk of `given` frames and chunks of so many frames.
+
+    `windows` holds each chunk's number of recent frames, which divides seen pixels into recent and revisited ones.
+    """
+    frames = given + sum(chunks)
+    scene = worlds.scene_from_seed(family, [seed])
+    sample = worlds.sample_plain_walk if family == "plain" else worlds.sample_walk
+    pose = sample(scene, frames, noises.stream(seed))
+    if walk == "look away and back":
+        pose = look_away_walk(scene, pose[:, 0], given, frames, 1 if seed % 4 < 2 else -1)
+    time = torch.arange(frames, dtype=torch.float32)[None]
+    pictures = worlds.render(scene, pose, time, size)[0].movedim(1, -1)
+    starts, begin = [], given
+    for count, window in zip(chunks, windows, strict=True):
+        starts += [(begin, window)] * count
+        begin += count
+    masks = _classes(scene, pose, time, given, torch.tensor(starts), size)
+    return HeldOutWorld(seed, walk, given, pictures, camera_from_pose(pose)[0], masks)
+
+
+def _classes(
+    scene: worlds.Scene, pose: Tensor, time: Tensor, given: int, starts: Tensor, size: int
+) -> dict[str, Tensor]:
+    """Exact co-visibility at half the resolution; starts [C, 2] = first frame of the chunk, its recent frames."""
+    half, ids = size // 2, torch.arange(pose.shape[1])[:, None]
+    parts = []
+    for first in range(0, len(starts), _BLOCK):
+        part = slice(given + first, given + min(first + _BLOCK, len(starts)))
+        seen = worlds.covisible(scene, pose[:, part], time[:, part], pose, time, half)[0]  # [n, c, half, half]
+        begin, window = starts[first : first + _BLOCK].unbind(1)
+        near = ((ids < begin) & (ids >= begin - window))[..., None, None]
+        older = (ids < begin - window)[..., None, None]
+        parts.append(((seen & near).any(0), (seen & older).any(0)))
+    recent, before = (torch.cat(p) for p in zip(*parts, strict=True))
+    moving = worlds.moving_pixels(scene, pose[:, given:], time[:, given:], half)[0]
+    still = ~moving
+    small = {
+        "revisited": before & ~recent & still,
+        "recent": recent & still,
+        "novel": ~before & ~recent & still,
+        "moving": moving,
+    }
+    return {name: m.repeat_interleave(2, -1).repeat_interleave(2, -2) for name, m in small.items()}

@@ -1,0 +1,96 @@
+"""`worldstride bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional, arg
+
+from worldstride.acceleration import resolve
+from worldstride.bench.environment import environment
+from worldstride.bench.results import write_json
+from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE, STAGES, measure, peak_memory, time_to_first_frame
+from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, OptionalPath
+from worldstride.commands.table import table
+from worldstride.errors import InputError
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory. `compare` measures what an acceleration costs in quality."""
+
+    benchmark: Positional[Literal["rollout"]]
+    """What to measure: the interactive loop."""
+    model: ModelName
+    """Name of the model."""
+    chunks: int = 16
+    """Chunks measured for each acceleration."""
+    warmup: int = 3
+    """Chunks played before, not counted; 3 fill the context."""
+    accelerations: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("off", "steps-4", "steps-2")
+    """Presets or .json files, measured in turn in one run."""
+    threads: OptionalInt = None
+    """CPU threads; without it torch's own choice."""
+    out: OptionalPath = None
+    """JSON file for all numbers."""
+    engine: Annotated[EngineOptions, arg(name="")] = field(default_factory=EngineOptions)
+
+    def run(self, command: str) -> int:
+        """Measure, print, and write."""
+        settings = [resolve(name) for name in self.accelerations]
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {self.threads}")
+        before = torch.get_num_threads()
+        try:
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            result = self._measure(settings, command)
+        finally:
+            torch.set_num_threads(before)
+        _print(result)
+        if self.out is not None:
+            write_json(self.out, result)
+            print(f"\nall numbers: {self.out}")
+        return 0
+
+    def _measure(self, settings: list[Any], command: str) -> dict[str, Any]:
+        engine = self.engine.load(self.model)
+        with tqdm(total=(self.warmup + self.chunks) * len(settings), unit="chunk", desc=self.model) as bar:
+            rows = measure(engine, settings, self.chunks, self.warmup, advance=bar.update)
+        return {
+            "format": "worldstride-bench-rollout",
+            **environment(engine.device, command),
+            "engine": {
+                **asdict(engine.source),
+                "dtype": str(getattr(engine.model, "dtype", "")).removeprefix("torch."),
+            },
+            "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "",
+            "warmup": self.warmup,
+            "rows": rows,
+            "peak_memory_bytes": peak_memory(),
+            "first_frame_seconds": time_to_first_frame(engine, self.engine.dtype, self.threads),
+        }
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    headers = ["acceleration", "frames/s", *(f"{s} ms" for s in STAGES), "total p95", "context KiB"]
+    rows = []
+    for row in result["rows"]:
+        times = [f"{row['stage_ms'][s]['p50']:.1f}" for s in STAGES]
+        last = [f"{row['stage_ms']['total']['p95']:.1f}", f"{row['context_bytes'] / 1024:.0f}"]
+        rows.append([row["name"], f"{row['frames_per_second']:.1f}", *times, *last])
+    print(table(headers, rows))
+    hardware = result["hardware"]
+    print(
+        f"\n{hardware.get('gpu', hardware['cpu'])}, {hardware['cpu_threads_used']} CPU threads, {result['engine']['dtype']}; stage times are medians"
+    )
+    first = result["first_frame_seconds"]
+    print(f"time to first frame: {first['total']:.2f} s in a fresh process (import {first['import']:.2f} s)")
+    if result["peak_memory_bytes"]:
+        print(f"peak memory of this process: {result['peak_memory_bytes'] / 2**20:.0f} MiB")
+    if result["note"]:
+        print(result["note"])
