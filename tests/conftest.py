@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from joint_model import JointModel, joint_engine
 
 import worldstride
+from joint_model import JointModel, joint_engine
 from worldstride.acceleration import resolve
 from worldstride.engine import Engine, EngineSource
 from worldstride.models.courtyard.adapter import CourtyardModel

@@ -136,9 +136,7 @@ def test_rays_of_a_batch_equal_rays_one_by_one():
 
 def test_field_of_view_is_where_the_edge_of_the_image_is():
     k = cam.intrinsics_from_fov(math.pi / 2, 2.0)
-    edge = torch.tensor(
-        [1.0, 0.5, 1.0]
-    )  # 45 degrees to the right; half as far down in a picture twice as wide
+    edge = torch.tensor([1.0, 0.5, 1.0])  # 45 degrees to the right; half as far down in a picture twice as wide
     torch.testing.assert_close(k @ edge, torch.tensor([1.0, 1.0, 1.0]))
 
 

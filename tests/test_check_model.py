@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from joint_model import JointContext, JointDecoder, JointInputs, JointModel
 from torch import Tensor
 
+from joint_model import JointContext, JointDecoder, JointInputs, JointModel
 from worldstride.attention import Attend
 from worldstride.control import Action
 from worldstride.engine import Engine
@@ -100,7 +100,9 @@ class GlobalNoise(JointModel):
 
 class IgnoresContext(JointModel):
     def velocity(self, x, sigma, inputs, context, attend) -> Velocity:
-        blank = replace(context, remembered=torch.zeros_like(context.remembered), cameras=torch.zeros_like(context.cameras))
+        blank = replace(
+            context, remembered=torch.zeros_like(context.remembered), cameras=torch.zeros_like(context.cameras)
+        )
         return super().velocity(x, sigma, inputs, blank, attend)
 
 
@@ -206,7 +208,7 @@ class CodecOf(JointModel):
 
 class KeepsDecodeState(CodecOf):
     class codec(JointDecoder):  # noqa: N801
-        carried: Mapping[str, Tensor] = {}  # noqa: RUF012
+        carried: Mapping[str, Tensor] = {}
 
         def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             frames, self.carried = super().decode(latents, self.carried)
@@ -217,7 +219,7 @@ class KeepsDecodeStateOfOneWorld(CodecOf):
     """Starts anew for a fresh world, so that only two worlds in turn disturb each other."""
 
     class codec(JointDecoder):  # noqa: N801
-        carried: Mapping[str, Tensor] = {}  # noqa: RUF012
+        carried: Mapping[str, Tensor] = {}
 
         def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             frames, self.carried = super().decode(latents, self.carried if state else {})
@@ -303,7 +305,7 @@ class OneNoise(CourtyardModel):
 
     def velocity(self, x: Tensor, sigma: float, inputs: CourtyardInputs, context: Context, attend: Attend) -> Velocity:
         own = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        velocity, captured = super().velocity(own, sigma, inputs, context, attend)
+        _, captured = super().velocity(own, sigma, inputs, context, attend)
         return (x - captured["clean"]) / sigma, captured
 
 

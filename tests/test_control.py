@@ -48,9 +48,7 @@ def test_bad_mouse(mouse: object):
         Action(frozenset(), mouse)  # pyright: ignore
 
 
-@given(
-    st.frozensets(st.sampled_from(sorted(KNOWN_KEYS)), max_size=4), st.floats(-1e4, 1e4), st.floats(-1e4, 1e4)
-)
+@given(st.frozensets(st.sampled_from(sorted(KNOWN_KEYS)), max_size=4), st.floats(-1e4, 1e4), st.floats(-1e4, 1e4))
 @settings(max_examples=30, deadline=None)
 def test_json_round_trip(keys: frozenset[str], dx: float, dy: float):
     action = Action(keys, (dx, dy))

@@ -36,11 +36,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return (
-        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        if tensor.numel()
-        else b""
-    )
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 @pytest.fixture

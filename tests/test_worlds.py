@@ -120,9 +120,7 @@ def test_directions_agree_with_the_camera_module() -> None:
 
 def test_distances_and_identities_of_walls_floor_and_sky() -> None:
     scene = empty_court()
-    _, distance, surface = trace(
-        scene, look(scene, 1.0, 0.5, math.pi / 2), torch.zeros(1, 1), 95, torch.zeros(2)
-    )
+    _, distance, surface = trace(scene, look(scene, 1.0, 0.5, math.pi / 2), torch.zeros(1, 1), 95, torch.zeros(2))
     middle = distance[0, 0, 47, 47]
     assert middle == pytest.approx(3.0, abs=1e-4)
     assert int(surface[0, 0, 47, 47]) in (scene.surfaces.wall_x + 1, *range(scene.surfaces.painting, 99))
@@ -265,9 +263,7 @@ def test_walks_keep_clear_of_walls_and_things(family: str) -> None:
     time = torch.arange(256.0).expand(64, 256)
     assert bool(is_free(pose[..., :2], free_rectangles(scene, 0.1, time), 0.1).all())
     assert float(pose[..., 3].abs().max()) <= math.radians(20)
-    if (
-        family == "plain"
-    ):  # a plain court may hold a pillar so near a wall that a walk is squeezed into its rim
+    if family == "plain":  # a plain court may hold a pillar so near a wall that a walk is squeezed into its rim
         return
     centre, radius = obstacles(scene)
     gap = (pose[:, :, None, :2] - centre[:, None]).norm(dim=-1) - radius[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ Command = (
     | Annotated[Doctor, subcommand("doctor")]
 )
 
-USER_ERROR, INTERRUPTED = 2, 130
-"""Exit statuses of a wrong input and of Ctrl-C."""
+USER_ERROR, INTERRUPTED, UNHEARD = 2, 130, 141
+"""Exit statuses of a wrong input, of Ctrl-C, and of output that nobody read to its end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorldstrideError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush is quiet too
+        return UNHEARD
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

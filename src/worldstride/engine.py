@@ -54,6 +54,14 @@ class Engine:
         return self.model.device
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the model's frames in pixels, read off one decoded latent."""
+        model = self.model
+        with torch.inference_mode():
+            frames, _ = model.decoder.decode(torch.zeros(1, 1, *model.latent_shape, device=model.device), {})
+        return frames.shape[2], frames.shape[3]
+
+    @property
     def wait(self) -> Callable[[], None]:
         """Waits for the device, so that clocks are read at the right moment; does nothing on a CPU."""
         device = self.device
@@ -72,8 +80,10 @@ class Engine:
         walk = worlds.sample_plain_walk if family == "plain" else worlds.sample_walk
         pose = walk(scene, 64, noises.stream(seed, _WALK))[:, :given]
         time = torch.arange(given, dtype=torch.float32)[None]
-        size = _frame_size(self.model)
-        frames = worlds.render(scene, pose, time, size)[0].movedim(1, -1)
+        height, width = self.frame_size
+        if height != width:
+            raise InputError(f"procedural worlds render square frames; {self.model.name!r} shows {height} x {width}")
+        frames = worlds.render(scene, pose, time, height)[0].movedim(1, -1)
         cameras = camera_from_pose(pose)[0]
         session = self._begin(frames, cameras, seed, noise_seed, {}, points, SceneNavigator(self.controls, scene))
         session._state.world = (family, seed)
@@ -115,23 +125,22 @@ class Engine:
                 f"from {shape.clean}; give more frames"
             )
         per_latent = [min(len(frames), -(-(i + 1) * len(frames) // len(latents))) - 1 for i in range(len(latents))]
+        shown, decoder = latents[: len(latents) - shape.clean], dict[str, Tensor]()
+        if len(shown):
+            # a streaming decoder goes on from what was shown; what the first chunk re-imposes is still to come
+            with torch.inference_mode():
+                _, decoder = self.model.decoder.decode(shown[None], {})
         history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
         history.append(latents, cameras[per_latent], (None,) * len(latents))
         state = SessionState(
             seed if noise_seed is None else noise_seed, points.float(), history, cameras[-1].clone(), frame=len(frames),
-            prompt=prompt,
+            decoder=decoder, prompt=prompt,
         )  # fmt: skip
         return Session(self, state, navigator, self.acceleration)
 
 
 _POINTS, _WALK = 1, 2
 """Streams of a session's seed."""
-
-
-def _frame_size(model: WorldModel) -> int:
-    probe = torch.zeros(1, 1, *model.latent_shape, device=model.device)
-    frames, _ = model.decoder.decode(probe, {})
-    return frames.shape[2]
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

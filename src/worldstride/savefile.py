@@ -38,7 +38,8 @@ def write_save(path: str | Path, header: dict[str, Any], tensors: dict[str, Tens
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _digest(text, stored)}
     with atomic_write(path) as temporary:
         try:
-            safetensors.torch.save_file(stored, temporary, metadata)
+            # bytes first: the library's own writer leaves files that only their owner can read
+            temporary.write_bytes(safetensors.torch.save(stored, metadata))
         except (SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"cannot store these tensors in {path}: {error}") from error
 

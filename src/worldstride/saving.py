@@ -55,8 +55,8 @@ def save_session(
 def open_session(path: str | Path, device: str | torch.device | None = None, engine: Engine | None = None) -> Session:
     """The session saved at `path`, ready to go on; on the same kind of device it goes on bit for bit.
 
-    The engine is loaded as it was unless one is given (to share it); the controls are those of the save. Raises `SaveFileError` on foreign or damaged
-    files and where the weights differ from those of the save.
+    The engine is loaded as it was unless one is given (to share it); the controls are those of the save. Raises
+    `SaveFileError` on foreign or damaged files and where model or weights differ from those of the save.
     """
     header, tensors = read_save(path)
     try:
@@ -75,10 +75,11 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
                 f"the loaded ones ({engine.source.fingerprint[:12]}...); load those to go on"
             )
         state = _state(header, tensors, engine)
-        if tuple(tensors["latents"].shape[1:]) != tuple(engine.model.latent_shape):
+        found, expected = list(tensors["latents"].shape[1:]), list(engine.model.latent_shape)
+        if found != expected:
             raise SaveFileError(
-                f"{path} holds latents of shape {list(tensors['latents'].shape[1:])}, but {source.model!r} as loaded has "
-                f"{list(engine.model.latent_shape)}; give the engine that the session ran on"
+                f"{path} holds latents of shape {found}, but {source.model!r} as loaded has {expected}; give the "
+                "engine that the session ran on"
             )
         acceleration = Acceleration.from_json(header["acceleration"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

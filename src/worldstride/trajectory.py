@@ -155,9 +155,7 @@ def format_trajectory(trajectory: Trajectory) -> str:
         count = len(list(run))
         if (foreign := action.keys - set(names)) or action.mouse != (0.0, 0.0):
             what = f"the key {min(foreign)!r}" if foreign else f"mouse travel {action.mouse}"
-            raise TrajectoryError(
-                f"frame {frame} holds {what}, which strings cannot say; use save_trajectory"
-            )
+            raise TrajectoryError(f"frame {frame} holds {what}, which strings cannot say; use save_trajectory")
         held = [name for name, code in _KEYS.items() if code in action.keys]
         moves.append(f"{'+'.join(held) or _IDLE[0]}-{count}")
         frame += count
@@ -212,9 +210,7 @@ def load_trajectory(source: str | Path, *, extrinsic: Extrinsic = "camera_to_wor
             return _from_json(json.loads(path.read_text(encoding="utf-8")), extrinsic)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: ours, or of JSON and text decoding
         raise TrajectoryError(f"cannot read the trajectory {path}: {error}") from error
-    raise TrajectoryError(
-        f"{path} cannot be read: a trajectory is a .json or .npy file or a folder with poses.npy"
-    )
+    raise TrajectoryError(f"{path} cannot be read: a trajectory is a .json or .npy file or a folder with poses.npy")
 
 
 def _names_file(source: str) -> bool:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +52,10 @@ class Settings:
     """Chunks in closed loop."""
     drift: int = 100
     """Chunks of the drift measurement."""
+    part: str | None = None
+    """One part alone (see `PARTS`); all, merged, if left out."""
+    at_once: int = 1
+    """Parts that share a GPU (or the CPU)."""
     smoke: bool = False
     """Few worlds and chunks, to see that everything runs."""
 
@@ -91,8 +98,8 @@ class Evaluation:
 
     def ratio(self, image: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
         """Sharpness: mean gradient over the truth's, patch borders left out."""
-        border = self.config.patch
-        return metrics.mean(metrics.gradient(image, mask, border)) / metrics.mean(metrics.gradient(truth, mask, border))
+        patch = self.config.patch
+        return metrics.mean(metrics.gradient(image, mask, patch)) / metrics.mean(metrics.gradient(truth, mask, patch))
 
     def teacher_forced(self, family: str, count: int) -> HeldOut:
         """One chunk a walk, by memory and by steps."""
@@ -249,7 +256,7 @@ class Evaluation:
         Image.fromarray(torch.cat(strips, 1).movedim(0, -1).numpy()).save(self.s.out / f"{name}.png", optimize=True)
 
     def save(self) -> None:
-        """Write everything measured so far."""
+        """Write the part's rows."""
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
         facts = {
             "command": "python training/courtyard/evaluate.py " + " ".join(sys.argv[1:]),
@@ -263,25 +270,60 @@ class Evaluation:
             "rows": self.rows,
         }
         self.s.out.mkdir(parents=True, exist_ok=True)
-        (self.s.out / "evaluation.json").write_text(json.dumps(facts, indent=1))
+        (self.s.out / f"evaluation-{self.s.part}.json").write_text(json.dumps(facts, indent=1))
+
+
+PARTS: dict[str, Callable[[Evaluation], None]] = {
+    "courtyard-loop": lambda e: e.closed_loop("courtyard"),
+    "corridor-loop": lambda e: e.closed_loop("corridor"),
+    "drift": lambda e: e.drifting(),
+    "courtyard-returning": lambda e: e.returning("courtyard"),
+    "courtyard": lambda e: e.more_schedules(e.teacher_forced("courtyard", e.s.courtyard), "courtyard"),
+    "plain": lambda e: e.more_schedules(e.teacher_forced("plain", e.s.plain), "plain"),
+    "plain-returning": lambda e: e.returning("plain"),
+    "corridor": lambda e: e.more_schedules(e.teacher_forced("corridor", e.s.courtyard), "corridor"),
+}
+"""Parts of the evaluation, each a process of its own where there are several GPUs; the longest first."""
+
+
+def spread(settings: Settings) -> None:
+    """Run every part in a process of its own, as many at once as there are GPUs, and merge what they wrote."""
+    gpus = max(1, torch.cuda.device_count())
+    waiting, running = list(PARTS), dict[int, subprocess.Popen[bytes]]()
+    while waiting or running:
+        for place in [p for p, process in running.items() if process.poll() is not None]:
+            if running.pop(place).returncode:
+                print("a part failed; see above", file=sys.stderr)
+        for place in (p for p in range(gpus * settings.at_once) if p not in running and waiting):
+            command = [sys.executable, __file__, *sys.argv[1:], "--part", waiting.pop(0)]
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus > 1 else None
+            running[place] = subprocess.Popen(command, env=environment)
+        time.sleep(0.2)
+    found = [settings.out / f"evaluation-{part}.json" for part in PARTS]
+    merged = [json.loads(path.read_text()) for path in found if path.exists()]
+    rows = {name: row for one in merged for name, row in one["rows"].items()}
+    command = "python training/courtyard/evaluate.py " + " ".join(sys.argv[1:])
+    facts = {
+        **merged[0],
+        "command": command,
+        "gpus": gpus,
+        "seconds": max(one["seconds"] for one in merged),
+        "rows": rows,
+    }
+    (settings.out / "evaluation.json").write_text(json.dumps(facts, indent=1))
+    for path in found:
+        path.unlink(missing_ok=True)
 
 
 def main() -> None:
     """Command line."""
-    evaluation = Evaluation(tyro.cli(Settings, description=__doc__))
-    s = evaluation.s
+    settings = tyro.cli(Settings, description=__doc__)
+    if settings.part is None:
+        spread(settings)
+        return
+    evaluation = Evaluation(settings)
     with torch.no_grad():
-        held = evaluation.teacher_forced("plain", s.plain)
-        evaluation.more_schedules(held, "plain")
-        evaluation.returning("plain")
-        evaluation.save()
-        evaluation.more_schedules(evaluation.teacher_forced("courtyard", s.courtyard), "courtyard")
-        evaluation.closed_loop("courtyard")
-        evaluation.returning("courtyard")
-        evaluation.save()
-        evaluation.drifting()
-        evaluation.teacher_forced("corridor", s.courtyard)
-        evaluation.closed_loop("corridor")
+        PARTS[settings.part](evaluation)
     evaluation.save()
 
 

@@ -38,7 +38,7 @@ class Quick:
                         out[f"court_{name}_{how}"] = metrics.mean(metrics.psnr(image, held.truth, mask))
                 if how == "pose":
                     inner = (
-                        metrics.gradient(image, border=patch).mean() / metrics.gradient(held.truth, border=patch).mean()
+                        metrics.gradient(image, patch=patch).mean() / metrics.gradient(held.truth, patch=patch).mean()
                     )
                     out[f"{family}_sharp"] = float(inner)
                     out[f"{family}_seam"] = float(

@@ -266,8 +266,9 @@ class Trainer:
         """
         config = self.s.model
         image = unpatchify(difference, config.grid, config.patch)  # [B, R, C, 3, H, W]
-        at = torch.arange(config.patch, config.size, config.patch, device=self.device)
-        across, down = image[..., at] - image[..., at - 1], image[..., at, :] - image[..., at - 1, :]
+        down_at, across_at = (torch.arange(side, config.size, side, device=self.device) for side in config.patch)
+        across = image[..., across_at] - image[..., across_at - 1]
+        down = image[..., down_at, :] - image[..., down_at - 1, :]
         return (across.square().mean((2, 3, 4, 5)) + down.square().mean((2, 3, 4, 5))) / 2
 
     @staticmethod

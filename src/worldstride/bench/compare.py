@@ -17,6 +17,7 @@ from worldstride.bench.walks import CLASSES, HeldOutWorld, Walk, held_out_world
 from worldstride.engine import Engine
 from worldstride.errors import InputError
 from worldstride.report import ChunkReport
+from worldstride.session import Chunk
 
 NO_MEMORY = Acceleration("no memory", memory=0)
 """Full compute that forgets everything but the recent window: what memory is worth."""
@@ -87,12 +88,11 @@ class Comparison:
 
 def compare(
     engine: Engine, settings: Sequence[Acceleration], family: str = "courtyard", count: int = 3, chunks: int = 12,
-    seed: int = FIRST_SEED, advance: Callable[[], None] = lambda: None,
+    seed: int = FIRST_SEED, advance: Callable[[], object] = lambda: None,
 ) -> Comparison:  # fmt: skip
     """Play all settings in `count` held-out worlds, every second walk a journey, the others look away and back.
 
-    Settings play one after the other in each world, so that all meet the same machine. `advance` is called after
-    every chunk.
+    Settings take turns chunk by chunk, so that all meet the same machine. `advance` is called after every chunk.
     """
     if count < 1 or chunks < 1:
         raise InputError(f"a comparison needs at least one world and one chunk, got {count} and {chunks}")
@@ -100,55 +100,65 @@ def compare(
     if not names or len(set(names)) != len(names):
         raise InputError(f"a comparison needs settings with names of their own, got {', '.join(names) or 'none'}")
     shapes = [engine.model.chunk(k) for k in range(chunks)]
-    size = _square_side(engine)
+    height, width = engine.frame_size
+    if height != width or height % 2:
+        raise InputError(
+            f"the renderer's truth is square with an even side; {engine.model.name!r} shows {height} x {width}"
+        )
     worlds: list[HeldOutWorld] = []
     played: dict[str, list[Played]] = {name: [] for name in names}
     for i in range(count):
         walk: Walk = "journey" if i % 2 else "look away and back"
         frames, windows = [s.frames for s in shapes], [s.window for s in shapes]
-        world = held_out_world(family, seed + i, walk, shapes[0].window, frames, windows, size)
+        world = held_out_world(family, seed + i, walk, shapes[0].window, frames, windows, height)
         worlds.append(world)
-        for setting in settings:
-            if i == 0:
-                play(engine, world, setting, 1)  # the first step of all pays for setting up kernels
-            played[setting.name].append(play(engine, world, setting, chunks, advance))
+        if i == 0:
+            play(engine, world, settings, 1)  # the first step of all pays for setting up kernels
+        for name, one in zip(names, play(engine, world, settings, chunks, advance), strict=True):
+            played[name].append(one)
     return Comparison(tuple(worlds), tuple(settings), {k: tuple(v) for k, v in played.items()})
 
 
 def play(
-    engine: Engine, world: HeldOutWorld, settings: Acceleration, chunks: int, advance: Callable[[], None] = lambda: None
-) -> Played:
-    """Open a world with its true first frames, and walk on along its cameras in closed loop."""
+    engine: Engine, world: HeldOutWorld, settings: Sequence[Acceleration], chunks: int,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Played]:  # fmt: skip
+    """Open a world with its true first frames, and walk on along its cameras in closed loop, once for each setting."""
     at = world.given
-    session = engine.open(world.frames[:at], world.cameras[:at], seed=world.seed)
-    session.acceleration = settings
-    frames, reports = [], []
+    sessions = [engine.open(world.frames[:at], world.cameras[:at], seed=world.seed) for _ in settings]
+    for session, setting in zip(sessions, settings, strict=True):
+        session.acceleration = setting
+    steps: list[list[Chunk]] = [[] for _ in sessions]
     for k in range(chunks):
         count = engine.model.chunk(k).frames
-        chunk = session.step(cameras=world.cameras[at : at + count])
+        for session, done in zip(sessions, steps, strict=True):
+            done.append(session.step(cameras=world.cameras[at : at + count]))
+            advance()
         at += count
-        frames.append(chunk.frames)
-        reports.append(chunk.report)
-        advance()
-    pictures = np.concatenate(frames)
-    shown = torch.from_numpy(pictures).movedim(-1, 1).float() / 255
+    return [_scored(world, done, _patch(engine)) for done in steps]
+
+
+def _scored(world: HeldOutWorld, chunks: Sequence[Chunk], patch: tuple[int, int] | None) -> Played:
+    frames = np.concatenate([c.frames for c in chunks])
+    shown = torch.from_numpy(frames).movedim(-1, 1).float() / 255
     masks = {name: m[: len(shown)] for name, m in world.masks.items()}
-    return Played(pictures, tuple(reports), score(shown, world.truth[: len(shown)], masks, _patch(engine)))
+    return Played(frames, tuple(c.report for c in chunks), score(shown, world.truth[: len(shown)], masks, patch))
 
 
-def score(shown: Tensor, truth: Tensor, masks: dict[str, Tensor], patch: int | None) -> dict[str, dict[str, Tensor]]:
+def score(
+    shown: Tensor, truth: Tensor, masks: dict[str, Tensor], patch: tuple[int, int] | None
+) -> dict[str, dict[str, Tensor]]:
     """Metrics of frames [C, 3, H, W] against the truth, over whole frames and over each class of pixels.
 
-    Sharpness is measured inside patches of side `patch`, the seam ratio across their borders; without patches there
+    Sharpness is measured inside patches (height, width), the seam ratio across their borders; without patches there
     are no seams to measure.
     """
     kinds: dict[str, Tensor | None] = {"all": None, **masks}
-    border = patch or 0
     out = {
         "psnr": {k: metrics.psnr(shown, truth, m) for k, m in kinds.items()},
         "ssim": {k: metrics.ssim(shown, truth, m) for k, m in kinds.items()},
         "sharpness": {
-            k: metrics.gradient(shown, m, border) / metrics.gradient(truth, m, border).clamp_min(1e-6)
+            k: metrics.gradient(shown, m, patch) / metrics.gradient(truth, m, patch).clamp_min(1e-6)
             for k, m in kinds.items()
         },
     }
@@ -158,16 +168,6 @@ def score(shown: Tensor, truth: Tensor, masks: dict[str, Tensor], patch: int | N
     return {**out, "seam": {"all": seams}}
 
 
-def _patch(engine: Engine) -> int | None:
+def _patch(engine: Engine) -> tuple[int, int] | None:
     patch = getattr(getattr(engine.model, "config", None), "patch", None)
-    return patch if isinstance(patch, int) else None
-
-
-def _square_side(engine: Engine) -> int:
-    model = engine.model
-    with torch.inference_mode():
-        frames, _ = model.decoder.decode(torch.zeros(1, 1, *model.latent_shape, device=model.device), {})
-    height, width = frames.shape[2:4]
-    if height != width or height % 2:
-        raise InputError(f"the renderer's truth is square with an even side; {model.name!r} shows {height} x {width}")
-    return height
+    return patch if isinstance(patch, tuple) else None

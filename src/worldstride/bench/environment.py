@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from worldstride import __version__
+from worldstride.engine import Engine
 
 
 def environment(device: torch.device, command: str) -> dict[str, object]:
@@ -20,6 +22,12 @@ def environment(device: torch.device, command: str) -> dict[str, object]:
         "versions": versions(),
         "hardware": {"device": str(device), **hardware(device)},
     }
+
+
+def engine_facts(engine: Engine) -> dict[str, str | None]:
+    """Model, weights and number format as plain values for JSON."""
+    dtype = str(getattr(engine.model, "dtype", torch.float32)).removeprefix("torch.")
+    return {**asdict(engine.source), "dtype": dtype}
 
 
 def versions() -> dict[str, str]:

@@ -64,29 +64,30 @@ def ssim(image: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
     return _over(value.reshape(*lead, 3, *size).mean(-3), mask)
 
 
-def gradient(image: Tensor, mask: Tensor | None = None, border: int = 0) -> Tensor:
+def gradient(image: Tensor, mask: Tensor | None = None, patch: tuple[int, int] | None = None) -> Tensor:
     """Mean absolute difference of neighbours, both directions: sharpness, to be divided by the truth's.
 
-    With `border` = patch side, differences across patch borders are left out, so that seams do not pass for detail.
+    With `patch` = (height, width), differences across patch borders are left out, so that seams do not pass for detail.
     """
     across, down = image.diff(dim=-1).abs().mean(-3), image.diff(dim=-2).abs().mean(-3)
-    keep_x, keep_y = _inner(image.shape[-1], border, image), _inner(image.shape[-2], border, image)
+    keep_x = _inner(image.shape[-1], patch[1] if patch else 0, image)
+    keep_y = _inner(image.shape[-2], patch[0] if patch else 0, image)
     x_mask = keep_x.expand_as(across) if mask is None else mask[..., 1:] & mask[..., :-1] & keep_x
     y_mask = keep_y[:, None].expand_as(down) if mask is None else mask[..., 1:, :] & mask[..., :-1, :] & keep_y[:, None]
     return _over(across, x_mask) + _over(down, y_mask)
 
 
-def seam(image: Tensor, patch: int) -> Tensor:
+def seam(image: Tensor, patch: tuple[int, int]) -> Tensor:
     """Mean absolute difference across patch borders alone, both directions; to be divided by the truth's."""
     across, down = image.diff(dim=-1).abs().mean(-3), image.diff(dim=-2).abs().mean(-3)
-    border_x, border_y = ~_inner(image.shape[-1], patch, image), ~_inner(image.shape[-2], patch, image)
+    border_x, border_y = ~_inner(image.shape[-1], patch[1], image), ~_inner(image.shape[-2], patch[0], image)
     return across[..., border_x].mean((-1, -2)) + down[..., border_y, :].mean((-1, -2))
 
 
-def _inner(size: int, border: int, like: Tensor) -> Tensor:
+def _inner(size: int, side: int, like: Tensor) -> Tensor:
     """Which of the size - 1 differences stay inside a patch."""
     at = torch.arange(1, size, device=like.device)
-    return at % border != 0 if border else torch.ones_like(at, dtype=torch.bool)
+    return at % side != 0 if side else torch.ones_like(at, dtype=torch.bool)
 
 
 def mean(values: Tensor) -> float:

@@ -64,15 +64,15 @@ def chart(world: Mapping[str, Any]) -> Markup:
             f'<rect class="share" x="{_LEFT + i * wide:.1f}" y="{bottom + 8}" width="{wide - 1:.1f}" height="10" '
             f'fill-opacity="{0.06 + 0.94 * share:.2f}"><title>chunk {i}: {share:.0%} revisited</title></rect>'
         )
-    parts.append(
-        f'<text class="tick" x="{_LEFT}" y="{_HEIGHT - 10}">chunks; the darker the bar, the more pixels are revisited</text>'
-    )
+    explained = "chunks; the darker the bar, the more pixels are revisited"
+    parts.append(f'<text class="tick" x="{_LEFT}" y="{_HEIGHT - 10}">{explained}</text>')
     for k, (name, line) in enumerate(lines.items()):
         shown = [(x(i), y(v), v, i) for i, v in enumerate(line) if math.isfinite(v)]
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in shown)
         parts.append(f'<polyline class="s{k % 6}" points="{points}"/>')
         parts += [
-            f'<circle class="s{k % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{escape(name)}, chunk {i}: {v:.1f} dB</title></circle>'
+            f'<circle class="s{k % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3">'
+            f"<title>{escape(name)}, chunk {i}: {v:.1f} dB</title></circle>"
             for px, py, v, i in shown
         ]
     label = escape(f"PSNR in dB of world {world['seed']}, chunk by chunk")

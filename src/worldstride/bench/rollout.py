@@ -43,7 +43,7 @@ print(json.dumps({"import": imported - begin, "load": loaded - imported, "new_an
 
 def measure(
     engine: Engine, accelerations: Sequence[Acceleration], chunks: int, warmup: int, seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[dict[str, object]]:  # fmt: skip
     """One row an acceleration: times of the stages, speed, context and (on a GPU) peak memory.
 
@@ -51,9 +51,8 @@ def measure(
     `advance` is called after every step.
     """
     if chunks < 1 or warmup < 0 or not accelerations:
-        raise InputError(
-            f"a benchmark needs chunks >= 1, warmup >= 0 and an acceleration, got {chunks}, {warmup}, {len(accelerations)}"
-        )
+        got = f"{chunks}, {warmup} and {len(accelerations)}"
+        raise InputError(f"a benchmark needs chunks >= 1, warmup >= 0 and at least one acceleration, got {got}")
     sessions = [engine.new(seed) for _ in accelerations]
     for session, settings in zip(sessions, accelerations, strict=True):
         session.acceleration = settings

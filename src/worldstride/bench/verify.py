@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from worldstride import noise as noises
@@ -116,17 +116,17 @@ class CourtyardVerifier:
         header = {"config": asdict(config), "weights_seed": seed, "steps": self.STEPS, "shift": shift}
         tensors = {f"input.{k}": v for k, v in inputs.items()} | {f"output.{k}": v for k, v in outputs.items()}
         with atomic_write(case) as temporary:
-            save_file(tensors, temporary, {"format": self.FORMAT, "version": "1", "case": json.dumps(header)})
+            metadata = {"format": self.FORMAT, "version": "1", "case": json.dumps(header)}
+            temporary.write_bytes(save(tensors, metadata))
 
-    def _read(self, case: Path) -> tuple[dict[str, object], dict[str, Tensor]]:  # header values are checked by use
+    def _read(self, case: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
             with safe_open(case, "pt") as opened:
                 metadata = opened.metadata() or {}
                 found = metadata.get("format")
                 if found != self.FORMAT or metadata.get("version") != "1":
-                    raise InputError(
-                        f"{case} is no courtyard case: its format is {found!r}, expected {self.FORMAT!r}, version 1"
-                    )
+                    wanted = f"expected {self.FORMAT!r}, version 1"
+                    raise InputError(f"{case} is no courtyard case: its format is {found!r}, {wanted}")
                 return json.loads(metadata["case"]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise InputError(f"cannot read the case {case}: {error}") from error

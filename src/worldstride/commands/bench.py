@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from worldstride.acceleration import resolve
-from worldstride.bench.environment import environment
+from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.results import write_json
 from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE, STAGES, measure, peak_memory, time_to_first_frame
 from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, OptionalPath
@@ -64,10 +64,7 @@ class Bench:
         return {
             "format": "worldstride-bench-rollout",
             **environment(engine.device, command),
-            "engine": {
-                **asdict(engine.source),
-                "dtype": str(getattr(engine.model, "dtype", "")).removeprefix("torch."),
-            },
+            "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "",
             "warmup": self.warmup,
             "rows": rows,
@@ -85,9 +82,8 @@ def _print(result: Mapping[str, Any]) -> None:
         rows.append([row["name"], f"{row['frames_per_second']:.1f}", *times, *last])
     print(table(headers, rows))
     hardware = result["hardware"]
-    print(
-        f"\n{hardware.get('gpu', hardware['cpu'])}, {hardware['cpu_threads_used']} CPU threads, {result['engine']['dtype']}; stage times are medians"
-    )
+    where = f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cpu_threads_used']} CPU threads"
+    print(f"\n{where}, {result['engine']['dtype']}; stage times are medians")
     first = result["first_frame_seconds"]
     print(f"time to first frame: {first['total']:.2f} s in a fresh process (import {first['import']:.2f} s)")
     if result["peak_memory_bytes"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from tyro.conf import arg
 
 from worldstride.acceleration import resolve
 from worldstride.bench.compare import FIRST_SEED, NO_MEMORY, Comparison, compare
-from worldstride.bench.environment import environment
+from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.page import write_page
 from worldstride.bench.results import make_folder, plain, write_json
 from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE
@@ -60,10 +60,7 @@ class Compare:
         facts: dict[str, Any] = {
             "format": "worldstride-compare",
             **environment(engine.device, command),
-            "engine": {
-                **asdict(engine.source),
-                "dtype": str(getattr(engine.model, "dtype", "")).removeprefix("torch."),
-            },
+            "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "",
             "family": self.family,
             "chunks": self.chunks,

@@ -29,8 +29,13 @@ class Doctor:
         dtype = pick_dtype(device)
         for name, version in versions().items():
             _say(name, version)
-        for name, value in hardware(device).items():
-            _say(name.replace("_", " "), f"{value / 2**30:.1f} GiB" if name.endswith("memory_bytes") else value)
+        for name, value in hardware(torch.device("cpu")).items():
+            size = isinstance(value, int) and name.endswith("_bytes")
+            label = name.removesuffix("_bytes").replace("_", " ")
+            _say(label, f"{value / 2**30:.1f} GiB" if size else value)
+        for i in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(i)
+            _say(f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB")
         _say("default device", device)
         _say("number format", str(dtype).removeprefix("torch."))
         _say("attention", attention_path(device, dtype))
@@ -41,17 +46,15 @@ class Doctor:
             _say("courtyard weights", f"missing: {error}")
         for module, (purpose, how) in _OPTIONAL.items():
             found = importlib.util.find_spec(module) is not None
-            _say(
-                module,
-                f"{importlib.metadata.version(module)} ({purpose})"
-                if found
-                else f"not installed; {purpose} need it: {how}",
-            )
+            have = f"{importlib.metadata.version(module)} ({purpose})" if found else ""
+            _say(module, have or f"not installed; {purpose} need it: {how}")
         return 0
 
 
 def attention_path(device: torch.device, dtype: torch.dtype) -> str:
-    """Which of torch's fused kernels dense attention of 64-channel heads can take, the fastest first."""
+    """How dense attention computes here: for torch's own, the kernels that heads of 64 channels can take."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "products of matrices, block by block (worldstride.attention.dense)"
     q = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
     works = []
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from worldstride.atomic import temporary_beside
-from worldstride.bench.environment import environment
+from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.results import write_json
 from worldstride.commands.options import EngineOptions, Family, ModelName, OptionalInt, OptionalPath, OptionalText
 from worldstride.errors import InputError
@@ -116,7 +116,7 @@ class Rollout:
         return {
             "format": "worldstride-rollout",
             **environment(session.engine.device, command),
-            "engine": asdict(session.engine.source),
+            "engine": engine_facts(session.engine),
             "world": world,
             "acceleration": session.acceleration.to_json(),
             "trajectory": self.trajectory,
@@ -137,7 +137,7 @@ class Rollout:
                 if self.source is None:  # a saved world's first frames are in its first video
                     video.write(given)
             bar = stack.enter_context(tqdm(total=len(trajectory), unit="frame", desc=self.model, mininterval=0.2))
-            chunks, kept = session.play(trajectory), session
+            chunks, kept = session.play(trajectory), session if self.save is None else session.fork()
             while not interrupts.asked:
                 try:
                     with interrupts.at_once():

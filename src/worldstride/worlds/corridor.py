@@ -16,9 +16,7 @@ _SLACK = 1e-3
 _WALL_X, _WALL_Z = _LEGS, _LEGS + 2 * 5  # first surface identities: after the floors, 5 planes across x
 
 
-def sample_corridor(
-    batch: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Scene:
+def sample_corridor(batch: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Scene:
     """`batch` corridors of 3 or 4 legs with turns, about 2.5 m wide: 14 paintings, 3 pillars, 3 crates, 2
     balls.
 
@@ -101,9 +99,7 @@ def _walls(path: Tensor, step: Tensor, half: Tensor, height: Tensor, there: Tens
 def _things(dice: Dice, path: Tensor, moves: Tensor, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A pillar and a crate in each of the first three legs [B, 3, 4], [B, 3, 5], and two balls [B, 2, 11]."""
     u, b, n = dice.uniform, len(half), _OBJECTS
-    across = torch.tensor(
-        [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], device=dice.device
-    )  # lateral unit of legs 0, 1, 2
+    across = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], device=dice.device)  # lateral unit of legs 0, 1, 2
 
     def place(low: float, high: float) -> Tensor:
         share = low + (high - low) * u(b, n, 1)

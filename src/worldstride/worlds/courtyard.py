@@ -23,9 +23,7 @@ _WALL_X, _WALL_Z = (
 )  # first surface identities of the courtyard's walls: after 5 floors, 8 planes an axis
 
 
-def sample_courtyard(
-    batch: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Scene:
+def sample_courtyard(batch: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Scene:
     """`batch` full worlds: a court and 2 to 4 rooms behind doorways, up to 4 pillars, 4 crates, 14 paintings,
     2 balls, a turning panel, 1 or 2 sliding doors and a drifting sun.
 
@@ -58,9 +56,7 @@ def sample_courtyard(
 
     # Planes: the axis' two court walls, the far walls of its rooms, the side walls of the other axis' rooms.
     court = torch.stack([sign * half[:, None], -_edge(half), _edge(half), height[:, None].expand(b, 4)], -1)
-    far = torch.stack(
-        [sign * (half[:, None] + depth), low - _SLACK, high + _SLACK, height[:, None].expand(b, 4)], -1
-    )
+    far = torch.stack([sign * (half[:, None] + depth), low - _SLACK, high + _SLACK, height[:, None].expand(b, 4)], -1)
     inner, outer = sign * half[:, None], sign * (half[:, None] + depth)
     ends = torch.minimum(inner, outer) - _SLACK, torch.maximum(inner, outer) + _SLACK
     flank = torch.stack([torch.stack([at, *ends, height[:, None].expand(b, 4)], -1) for at in (low, high)], 2)
@@ -134,9 +130,7 @@ def _furniture(
         ],
         1,
     )
-    c_at = torch.stack(
-        [in_court[:, 2], *(in_room(k, spots[:, k, 1], c_radius[:, 1 + k]) for k in range(3))], 1
-    )
+    c_at = torch.stack([in_court[:, 2], *(in_room(k, spots[:, k, 1], c_radius[:, 1 + k]) for k in range(3))], 1)
     c_size = torch.where(torch.cat([there[:, :1], there[:, :3]], 1)[..., None], c_size, 0.0)
     pillar = torch.cat([p_at, p_radius[..., None], p_height[..., None]], -1)
     turn = dice.sign(b, 1) * (0.03 + 0.06 * u(b, 1))

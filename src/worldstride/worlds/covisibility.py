@@ -64,9 +64,7 @@ def covisible(
 
 
 @torch.no_grad()
-def moving_pixels(
-    scene: Scene, pose: Tensor, time: Tensor, size: int = 48, trace: TraceFunction = trace
-) -> Tensor:
+def moving_pixels(scene: Scene, pose: Tensor, time: Tensor, size: int = 48, trace: TraceFunction = trace) -> Tensor:
     """Pixels that show something that moves (a door, a panel, a ball): bool [B, F, size, size]."""
     check_views(scene, pose, time)
     return is_dynamic(scene, _view(scene, pose, time, size, trace).surface)
@@ -78,8 +76,7 @@ def _view(scene: Scene, pose: Tensor, time: Tensor, size: int, trace: TraceFunct
     if trace is _trace:  # a compiled tracer is called with the shapes it was compiled for
         frames = max(1, _RAYS.get(pose.device.type, 1 << 20) // (len(scene) * size * size))
     parts = [
-        trace(scene, p, t, size, offset)[1:]
-        for p, t in zip(pose.split(frames, 1), time.split(frames, 1), strict=True)
+        trace(scene, p, t, size, offset)[1:] for p, t in zip(pose.split(frames, 1), time.split(frames, 1), strict=True)
     ]
     surface = torch.cat([p[1] for p in parts], 1)
     if scene.painting.shape[1]:

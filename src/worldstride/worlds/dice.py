@@ -39,9 +39,7 @@ class Dice:
         """Two clearly different colours for each of `count` surfaces, [batch, count, 2, 3] in [0, 1]."""
         hue = self.uniform(batch, count)
         span = 1 - saturation
-        first = hsv(
-            hue, saturation + span * self.uniform(batch, count), 0.62 + 0.38 * self.uniform(batch, count)
-        )
+        first = hsv(hue, saturation + span * self.uniform(batch, count), 0.62 + 0.38 * self.uniform(batch, count))
         other = (hue + 0.15 + 0.5 * self.uniform(batch, count)) % 1
         dark = value * 0.7 + 0.4 * self.uniform(batch, count)
         second = hsv(other, saturation + span * self.uniform(batch, count), dark)

@@ -12,9 +12,7 @@ from worldstride.worlds.scene import CELLS, Scene
 _SLACK = 1e-3  # walls overlap by this much at corners, so that no ray slips through between two of them
 
 
-def sample_plain(
-    batch: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Scene:
+def sample_plain(batch: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Scene:
     """`batch` plain courts: four walls, 4 pillars, 2 crates, 5 paintings; nothing moves."""
     dice = Dice(device, generator)
     u, pillars, crates, paintings = dice.uniform, 4, 2, 5
@@ -31,9 +29,7 @@ def sample_plain(
     wall = torch.stack(walls, 1)  # [B, 2, 4]
     check = (0.5 + 0.5 * u(batch, 1, 1)).expand(batch, 1, 2)
     bricks = torch.stack([0.35 + 0.65 * u(batch, 4), 0.5 + 0.75 * u(batch, 4)], -1).repeat_interleave(2, 1)
-    stripes = torch.stack(
-        [torch.zeros(batch, pillars, device=dice.device), dice.integers(4, batch, pillars) * 1.1], -1
-    )
+    stripes = torch.stack([torch.zeros(batch, pillars, device=dice.device), dice.integers(4, batch, pillars) * 1.1], -1)
     boards = torch.stack([0.8 + 1.4 * u(batch, crates), dice.integers(2, batch, crates) * 2.2], -1)
     pillar = torch.cat(
         [
@@ -49,9 +45,7 @@ def sample_plain(
     crate = torch.cat([(u(batch, crates, 2) * 2 - 1) * (half - 0.9)[:, None, None], sizes], -1)
     half_w, half_h = 0.55 + 0.35 * u(batch, paintings), 0.42 + 0.2 * u(batch, paintings)
     wall_of = (dice.integers(4, batch, 1) + torch.arange(paintings, device=dice.device)) % 4  # +x, -x, +z, -z
-    inner = (
-        1 + 2 * wall_of + 1 - wall_of % 2
-    )  # the court sees a wall at +half looking towards larger coordinates
+    inner = 1 + 2 * wall_of + 1 - wall_of % 2  # the court sees a wall at +half looking towards larger coordinates
     across = (u(batch, paintings) * 2 - 1) * (half - 1.1)[:, None]
     up = 0.55 + half_h + (height[:, None] - 0.7 - 2 * half_h).clamp_min(0) * u(batch, paintings)
     cells = u(batch, paintings * CELLS * CELLS, 3)

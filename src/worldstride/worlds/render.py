@@ -44,8 +44,7 @@ def directions(pose: Tensor, size: int, offset: Tensor | None = None) -> tuple[T
     u = ((cells + ox) * (2 / size) - 1)[None] * tan  # right
     scale = (u * u + v * v + 1).rsqrt()
     cos, sin, cos_p, sin_p = (
-        a[..., None, None]
-        for a in (pose[..., 2].cos(), pose[..., 2].sin(), pose[..., 3].cos(), pose[..., 3].sin())
+        a[..., None, None] for a in (pose[..., 2].cos(), pose[..., 2].sin(), pose[..., 3].cos(), pose[..., 3].sin())
     )
     up = (v * cos_p + sin_p) * scale
     ahead, right = (cos_p - v * sin_p) * scale, u * scale
@@ -170,14 +169,10 @@ def _floor(scene: Scene, rays: Rays) -> Hit:
     for j in range(1, scene.floor.shape[1]):
         x0, x1, z0, z1 = (per_world(scene.floor[:, j, k]) for k in range(4))
         patch = torch.where((x > x0) & (x < x1) & (z > z0) & (z < z1), float(j), patch)
-    return Hit(
-        torch.where(ok, t, FAR), torch.where(ok, patch, -1.0), torch.zeros_like(t), torch.zeros_like(t)
-    )
+    return Hit(torch.where(ok, t, FAR), torch.where(ok, patch, -1.0), torch.zeros_like(t), torch.zeros_like(t))
 
 
-def trace(
-    scene: Scene, pose: Tensor, time: Tensor, size: int, offset: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def trace(scene: Scene, pose: Tensor, time: Tensor, size: int, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast one ray a pixel.
 
     pose [B, F, 4] = (x, z, yaw, pitch), time [B, F] in frames, offset [2] = sub-pixel shift (y, x) in pixels.
@@ -185,9 +180,7 @@ def trace(
     for the sky), and surface [B, F, size, size] int64 (see `SurfaceIds`; -1 for the sky).
     """
     dx, dy, dz = directions(pose, size, offset)
-    rays = Rays(
-        per_frame(pose[..., 0]), per_frame(pose[..., 1]), dx, dy, dz, _inverse(dx), _inverse(dy), _inverse(dz)
-    )
+    rays = Rays(per_frame(pose[..., 0]), per_frame(pose[..., 1]), dx, dy, dz, _inverse(dx), _inverse(dy), _inverse(dz))
     hit = _floor(scene, rays)
     hit = _walls(scene, time, rays, hit, 0)
     hit = _walls(scene, time, rays, hit, 1)
@@ -206,9 +199,7 @@ def trace(
 def check_views(scene: Scene, pose: Tensor, time: Tensor, name: str = "pose") -> None:
     """Raise `InputError` unless pose [B, F, 4] and time [B, F] fit the scene's B worlds."""
     if pose.ndim != 3 or pose.shape[-1] != 4 or pose.shape[0] != len(scene):
-        raise InputError(
-            f"{name} must have shape [{len(scene)}, frames, 4] for this scene, got {list(pose.shape)}"
-        )
+        raise InputError(f"{name} must have shape [{len(scene)}, frames, 4] for this scene, got {list(pose.shape)}")
     if time.shape != pose.shape[:2]:
         raise InputError(f"time of {name} must have shape {list(pose.shape[:2])}, got {list(time.shape)}")
 
@@ -238,8 +229,7 @@ def render(
             halves = [slice(0, b // 2), slice(b // 2, b)]
             return torch.cat([render(scene[s], pose[s], time[s], size, supersample) for s in halves])
         parts = [
-            render(scene, p, t, size, supersample)
-            for p, t in zip(pose.chunk(2, 1), time.chunk(2, 1), strict=True)
+            render(scene, p, t, size, supersample) for p, t in zip(pose.chunk(2, 1), time.chunk(2, 1), strict=True)
         ]
         return torch.cat(parts, 1)
     shifts = (torch.arange(supersample, device=pose.device, dtype=torch.float32) + 0.5) / supersample - 0.5

@@ -130,9 +130,7 @@ class Scene:
         for f in fields(Scene):
             shapes = {tuple(getattr(s, f.name).shape[1:]) for s in scenes}
             if len(shapes) > 1:
-                raise InputError(
-                    f"scenes of different families cannot be joined: {f.name} has shapes {sorted(shapes)}"
-                )
+                raise InputError(f"scenes of different families cannot be joined: {f.name} has shapes {sorted(shapes)}")
         return Scene(**{f.name: torch.cat([getattr(s, f.name) for s in scenes]) for f in fields(Scene)})
 
 

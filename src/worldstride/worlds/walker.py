@@ -43,9 +43,7 @@ def step_pose(
         for a in (forward, strafe, turn, pitch, time)
     )
     yaw = pose[:, 2] + turned
-    move = torch.stack(
-        [ahead * yaw.sin() + right * yaw.cos(), ahead * yaw.cos() - right * yaw.sin()], -1
-    )  # [B, 2]
+    move = torch.stack([ahead * yaw.sin() + right * yaw.cos(), ahead * yaw.cos() - right * yaw.sin()], -1)  # [B, 2]
     move = move * (REACH / move.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1.0)
     rects = free_rectangles(scene, _MARGIN, now[:, None])  # [B, 1, R, 4]
     # a wall or door may have come closer while one stood still, so at least one substep is made
@@ -86,10 +84,6 @@ def _leave_things(scene: Scene, point: Tensor) -> Tensor:
 
 def _clear(scene: Scene, point: Tensor, slack: float = 1e-3) -> Tensor:
     """Whether point [B, 1, 2] keeps its margin from all pillars and crates: bool [B, 1]."""
-    gap = (point[:, :, None] - scene.pillar[:, None, :, :2]).norm(dim=-1) - scene.pillar[
-        :, None, :, 2
-    ]  # [B, 1, n]
-    apart = (point[:, :, None] - scene.crate[:, None, :, :2]).abs() - scene.crate[
-        :, None, :, 2::2
-    ]  # [B, 1, n, 2]
+    gap = (point[:, :, None] - scene.pillar[:, None, :, :2]).norm(dim=-1) - scene.pillar[:, None, :, 2]  # [B, 1, n]
+    apart = (point[:, :, None] - scene.crate[:, None, :, :2]).abs() - scene.crate[:, None, :, 2::2]  # [B, 1, n, 2]
     return (gap > _MARGIN - slack).all(-1) & (apart.amax(-1) > _MARGIN - slack).all(-1)

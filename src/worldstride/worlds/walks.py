@@ -105,10 +105,7 @@ def _local_walk(dice: Dice, half: Tensor, n: int, kind: float | None, pace: floa
     start = torch.where(u(b, 1) < 0.5, 0.0, u(b, 1))
     swing = 1 - ((t / period + start) % 1 * 2 - 1).abs()
     look_yaw = yaw0 + sign * (1.0 + 2.4 * u(b, 1)) * swing
-    look = (
-        home
-        + facing * ((u(b, 1) * 2 - 0.7).clamp_min(0) * torch.sin(_TAU * t / (30 + 40 * u(b, 1))))[..., None]
-    )
+    look = home + facing * ((u(b, 1) * 2 - 0.7).clamp_min(0) * torch.sin(_TAU * t / (30 + 40 * u(b, 1))))[..., None]
 
     # Closed loops.
     angle = yaw0 + sign * _TAU * t / (26 + 22 * u(b, 1))
@@ -132,9 +129,7 @@ def _local_walk(dice: Dice, half: Tensor, n: int, kind: float | None, pace: floa
     spin = home + 0.25 * torch.stack([torch.sin(t * 0.1 + yaw0), torch.cos(t * 0.13 + yaw0)], -1) * u(b, 1, 1)
 
     k = u(b, 1) if kind is None else torch.full((b, 1), kind, device=half.device)
-    yaw = torch.where(
-        k < 0.4, look_yaw, torch.where(k < 0.7, loop_yaw, torch.where(k < 0.9, key_yaw, spin_yaw))
-    )
+    yaw = torch.where(k < 0.4, look_yaw, torch.where(k < 0.7, loop_yaw, torch.where(k < 0.9, key_yaw, spin_yaw)))
     k = k[..., None]
     point = torch.where(k < 0.4, look, torch.where(k < 0.7, loop, torch.where(k < 0.9, keys, spin)))
     return torch.cat([point, yaw[..., None], _nod(dice, b, t)[..., None]], -1)
@@ -206,9 +201,7 @@ def _corridor_plan(dice: Dice, scene: Scene, n: int) -> _Plan:
         way = torch.where(node == 0, 1, torch.where(node == end, -1, way))
         node = node + way
     track = torch.stack(points, 1)
-    return _Plan(
-        track, torch.full(track.shape[:2], 0.4, device=dev), torch.zeros(*track.shape[:2], 3, device=dev)
-    )
+    return _Plan(track, torch.full(track.shape[:2], 0.4, device=dev), torch.zeros(*track.shape[:2], 3, device=dev))
 
 
 def _follow(dice: Dice, scene: Scene, plan: _Plan, n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -16,8 +17,10 @@ class CourtyardConfig:
 
     size: int = 96
     """Frame height and width in pixels."""
-    patch: int = 12
-    """Side of a square patch in pixels; one token a patch."""
+    patch_height: int = 12
+    """Height of a patch in pixels; one token a patch."""
+    patch_width: int = 12
+    """Width of a patch in pixels."""
     width: int = 256
     """Channels of a token."""
     depth: int = 8
@@ -46,27 +49,33 @@ class CourtyardConfig:
                 raise InputError(f"{field.name} must be an integer of at least {least}, got {value!r}")
         if self.camera not in get_args(CameraCode):
             raise InputError(f"camera must be one of {', '.join(get_args(CameraCode))}, got {self.camera!r}")
-        if self.size % self.patch:
-            raise InputError(f"size must be a multiple of patch, got size {self.size} and patch {self.patch}")
+        for side in ("patch_height", "patch_width"):
+            if self.size % getattr(self, side):
+                raise InputError(f"size must be a multiple of {side}, got {self.size} and {getattr(self, side)}")
         if self.refine and self.refine < 6:
             raise InputError(f"refine must be 0 or at least 6 channels, got {self.refine}")
         if self.width % self.heads or self.width // self.heads != 64:
             raise InputError(f"width / heads must be 64, got width {self.width} and {self.heads} heads")
 
     @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.size // self.patch
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return self.patch_height, self.patch_width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.size // self.patch_height, self.size // self.patch_width
 
     @property
     def tokens(self) -> int:
         """Tokens of a frame."""
-        return self.grid**2
+        return math.prod(self.grid)
 
     @property
     def values(self) -> int:
-        """Values of a patch: 3 colours x patch x patch."""
-        return 3 * self.patch**2
+        """Values of a patch: 3 colours x height x width."""
+        return 3 * math.prod(self.patch)
 
     @property
     def head_dim(self) -> int:

@@ -68,7 +68,7 @@ def geometry(config: CourtyardConfig, cameras: Tensor, ranks: Tensor, kinds: Ten
     """Geometry of cameras [B, F, 4, 4] at ranks [B, F] of kinds [B, F]."""
     cameras = cameras.float()
     intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(cameras)
-    direction = camera.rays(cameras, intrinsics, config.grid, config.grid).flatten(2, 3)  # [B, F, n, 3]
+    direction = camera.rays(cameras, intrinsics, *config.grid).flatten(2, 3)  # [B, F, n, 3]
     features = _own_features(cameras, direction)
     pairs = [_ray_angles(config, cameras, direction), _time_angles(ranks, kinds, config.tokens)]
     angle = torch.cat(pairs, -1).flatten(1, 2)[:, None]  # [B, 1, F n, pairs]
@@ -80,8 +80,8 @@ def geometry(config: CourtyardConfig, cameras: Tensor, ranks: Tensor, kinds: Ten
 
 def _ray_angles(config: CourtyardConfig, cameras: Tensor, direction: Tensor) -> Tensor:
     if config.camera == "projective":
-        row = torch.arange(config.tokens, device=cameras.device) // config.grid
-        column = torch.arange(config.tokens, device=cameras.device) % config.grid
+        row = torch.arange(config.tokens, device=cameras.device) // config.grid[1]
+        column = torch.arange(config.tokens, device=cameras.device) % config.grid[1]
         grid = torch.cat([rope.angles(row.float(), _GRID), rope.angles(column.float(), _GRID)], -1)  # [n, 12]
         return grid.expand(*cameras.shape[:2], -1, -1)
     azimuth, elevation, ground = _FREQUENCIES[config.camera]

@@ -121,7 +121,7 @@ class Refine(nn.Module):
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
-        """tokens [N, n, (channels - 3) patch^2] and noisy patches [N, n, 3 patch^2] -> clean patches, likewise."""
+        """tokens [N, n, (channels - 3) pixels] and noisy patches [N, n, 3 pixels] -> clean patches, likewise."""
         x, z = (unpatchify(t, self.grid, self.patch) for t in (tokens, noisy))
         h = torch.cat([x, z], 1).contiguous(memory_format=torch.channels_last)
         h = F.gelu(_convolve(h, self.first), approximate="tanh")
@@ -145,7 +145,7 @@ class CourtyardNetwork(nn.Module):
         self.level1, self.level2 = nn.Linear(32, width), nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final, self.final_level = nn.Parameter(torch.zeros(2, width)), nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, (config.refine - 3 if config.refine else 3) * config.patch**2)
+        self.out = nn.Linear(width, (config.refine - 3 if config.refine else 3) * math.prod(config.patch))
         self.refine = Refine(config) if config.refine else None
         self.run: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.forward
         """What runs a block; a compiled `Block.forward` may stand in for it."""
@@ -175,7 +175,7 @@ class CourtyardNetwork(nn.Module):
         scale, shift = (linear(level, self.final_level).unflatten(-1, (2, -1)) + self.final)[:, :, None].unbind(1)
         x = linear(norm(x) * (1 + scale).to(x.dtype) + shift.to(x.dtype), self.out)
         frames, tokens = noisy.shape[1:3]
-        x = x.unflatten(1, (frames, tokens)).flatten(0, 1)  # [B F, n, channels patch^2]
+        x = x.unflatten(1, (frames, tokens)).flatten(0, 1)  # [B F, n, channels pixels]
         if self.refine is not None:
             x = self.refine(x, noisy.flatten(0, 1))
         return x.unflatten(0, (-1, frames))
@@ -194,19 +194,19 @@ class CourtyardNetwork(nn.Module):
         return g.cos.to(dtype), g.sin.to(dtype), g.project, g.unproject
 
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Images [..., C, H, W] -> patches [..., n, C patch^2], row by row."""
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images [..., C, H, W] -> patches [..., n, C height width], row by row; patch = (height, width)."""
     lead = images.shape[:-3]
     channels, height, width = images.shape[-3:]
-    cells = images.reshape(-1, channels, height // patch, patch, width // patch, patch)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(*lead, -1, channels * patch * patch)
+    cells = images.reshape(-1, channels, height // patch[0], patch[0], width // patch[1], patch[1])
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(*lead, -1, channels * math.prod(patch))
 
 
-def unpatchify(patches: Tensor, grid: int, patch: int) -> Tensor:
-    """Patches [..., grid^2, C patch^2] -> images [..., C, grid patch, grid patch]."""
-    lead, channels = patches.shape[:-2], patches.shape[-1] // patch**2
-    cells = patches.reshape(-1, grid, grid, channels, patch, patch)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(*lead, channels, grid * patch, grid * patch)
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Patches [..., rows columns, C height width] -> images [..., C, H, W]; undoes `patchify`."""
+    lead, channels = patches.shape[:-2], patches.shape[-1] // math.prod(patch)
+    cells = patches.reshape(-1, *grid, channels, *patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(*lead, channels, grid[0] * patch[0], grid[1] * patch[1])
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -1,0 +1,243 @@
+"""Schedules, solvers and the loop.
+
+`golden/unipc.npz` holds four channels at two places of a rollout computed with the upstream sampler of
+Matrix-Game-3.0 in float32: what entered every step, what the network said there, and what came out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from worldstride.attention import attend
+from worldstride.denoising import DenoisePlan, denoise, make_solver, shifted_sigmas
+from worldstride.denoising.solvers import Euler, Renoise, Solver, UniPC
+from worldstride.errors import InputError
+from worldstride.protocol import SamplerSpec
+
+GOLDEN = Path(__file__).parent / "golden" / "unipc.npz"
+
+
+def no_noise(i: int) -> Tensor:
+    raise AssertionError(f"step {i} asked for fresh noise")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_schedules_follow_the_formula():
+    assert shifted_sigmas(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert shifted_sigmas(2, 3.0) == pytest.approx((1.0, 3 * 0.5 / (1 + 2 * 0.5), 0.0))
+    assert shifted_sigmas(3, 5.0, first=0.9) == pytest.approx(
+        [5 * s / (1 + 4 * s) for s in (0.9, 0.6, 0.3, 0.0)], abs=1e-12
+    )
+    even, shifted = shifted_sigmas(8), shifted_sigmas(8, 2.0)
+    assert all(a < b for a, b in zip(even[1:-1], shifted[1:-1], strict=True))
+    SamplerSpec(shifted_sigmas(50, 12.0))
+
+
+@pytest.mark.parametrize(("steps", "shift", "text"), [(0, 1.0, "steps"), (-1, 1.0, "steps"), (4, 0.0, "shift")])
+def test_impossible_schedules_are_refused(steps: int, shift: float, text: str):
+    with pytest.raises(InputError, match=text):
+        shifted_sigmas(steps, shift)
+
+
+@pytest.mark.parametrize("sigmas", [(1.0,), (), (1.0, 0.5), (0.5, 0.5, 0.0), (1.1, 0.0), (0.5, 0.7, 0.0)])
+def test_a_sampler_falls_strictly_to_zero(sigmas: tuple[float, ...]):
+    with pytest.raises(InputError, match="sigmas must fall strictly"):
+        SamplerSpec(sigmas)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_euler_is_exact_on_straight_paths(steps: int):
+    clean, noise = normal(2, 5), normal(2, 5, seed=1)
+    x, solver = noise, Euler(shifted_sigmas(steps, 3.0))
+    for i in range(steps):
+        x = solver.step(i, x, noise - clean, no_noise)
+    assert torch.allclose(x, clean, atol=1e-5)
+
+
+def test_renoising_jumps_to_clean_and_back():
+    sigmas = (1.0, 0.6, 0.2, 0.0)
+    solver, asked, x = Renoise(sigmas), [], normal(3, 4)
+
+    def fresh(i: int) -> Tensor:
+        asked.append(i)
+        return normal(3, 4, seed=10 + i)
+
+    for i in range(3):
+        velocity = normal(3, 4, seed=100 + i)
+        expected = x - sigmas[i] * velocity
+        if i < 2:
+            expected = (1 - sigmas[i + 1]) * expected + sigmas[i + 1] * normal(3, 4, seed=10 + i)
+        x = solver.step(i, x, velocity, fresh)
+        assert torch.allclose(x, expected, atol=1e-6)
+    assert asked == [0, 1]
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+@pytest.mark.parametrize("forced", [True, False])
+def test_unipc_gives_upstreams_numbers(chunk: int, forced: bool):
+    """Step for step, from upstream's latents or from our own of the step before."""
+    golden = np.load(GOLDEN)
+    sigmas = tuple(golden["sigmas"].tolist())
+    head = 1 if chunk == 0 else 4  # re-imposed after every step, not the solver's
+    solver, x = UniPC(sigmas), torch.from_numpy(golden[f"c{chunk}/s0/latent_in"])
+    for i in range(3):
+        given = torch.from_numpy(golden[f"c{chunk}/s{i}/latent_in"])
+        said = torch.from_numpy(golden[f"c{chunk}/s{i}/model_out"])
+        x = solver.step(i, given if forced else x, said, no_noise)
+        after = golden[f"c{chunk}/s{i + 1}/latent_in" if i < 2 else f"c{chunk}/latent_out"]
+        assert after.shape == x.shape
+        np.testing.assert_allclose(x[:, head:].numpy(), after[:, head:], rtol=0, atol=1e-5)
+
+
+def gaussian(x: Tensor, sigma: float) -> Tensor:
+    """Exact velocity where clean values are normal with mean 0.7 and deviation 0.5."""
+    mean, deviation = 0.7, 0.5
+    variance = (1 - sigma) ** 2 * deviation**2 + sigma**2
+    clean = mean + (1 - sigma) * deviation**2 / variance * (x - (1 - sigma) * mean)
+    return (x - clean) / sigma
+
+
+def solution(x: Tensor, start: float, end: float) -> Tensor:
+    """Where the exact flow takes x from one noise level to another."""
+
+    def spread(s: float) -> float:
+        return math.hypot((1 - s) * 0.5, s)
+
+    return (1 - end) * 0.7 + spread(end) / spread(start) * (x - (1 - start) * 0.7)
+
+
+@pytest.mark.parametrize(("make", "low", "high"), [(Euler, 0.85, 1.15), (UniPC, 1.85, 3.3)])
+def test_order_of_convergence(make: Callable[[tuple[float, ...]], Solver], low: float, high: float):
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    start, end, errors = 0.95, 0.05, []
+    for steps in (16, 32, 64):
+        sigmas = tuple(start + (end - start) * i / steps for i in range(steps + 1))
+        x, solver = x0, make(sigmas)
+        for i in range(steps):
+            x = solver.step(i, x, gaussian(x, sigmas[i]), no_noise)
+        errors.append(float((x - solution(x0, start, end)).abs().max()))
+    orders = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert all(low < order < high for order in orders), (errors, orders)
+
+
+def test_unipc_reaches_clean_from_pure_noise():
+    """From level 1 to 0, where half log signal-to-noise is infinite at both ends, at order 2 all the same."""
+    x0, errors = torch.linspace(-2, 2, 9, dtype=torch.float64), []
+    for steps in (20, 40, 80):
+        sigmas = shifted_sigmas(steps)
+        x, solver = x0, UniPC(sigmas)
+        for i in range(steps):
+            x = solver.step(i, x, gaussian(x, sigmas[i]), no_noise)
+        errors.append(float((x - solution(x0, 1.0, 0.0)).abs().max()))
+    assert errors[0] < 0.01
+    assert all(a / b > 3 for a, b in pairwise(errors)), errors
+
+
+def test_samplers_name_their_solver():
+    sigmas = (1.0, 0.0)
+    for name, kind in (("euler", Euler), ("unipc", UniPC), ("renoise", Renoise)):
+        assert type(make_solver(SamplerSpec(sigmas, name))) is kind  # type: ignore[arg-type]
+
+
+class Stub:
+    """What the loop needs of a model; inputs are the value that a branch pulls towards."""
+
+    def __init__(self) -> None:
+        self.evaluated: list[tuple[float, float]] = []
+        self.clamped: list[Tensor] = []
+
+    def velocity(self, x: Tensor, sigma: float, inputs: float, context: object, attend: object) -> Any:
+        self.evaluated.append((sigma, inputs))
+        return (x.float() - inputs) / sigma, {"pull": torch.tensor(inputs)}
+
+    def clamp(self, x: Tensor, inputs: float) -> Tensor:
+        self.clamped.append(x)
+        return torch.cat([torch.full_like(x[:, :1], 9.0), x[:, 1:]], 1)
+
+
+def run(model: Stub, spec: SamplerSpec, inputs: tuple[float, ...] = (2.0,), fresh=no_noise, **options: Any):
+    plan = DenoisePlan(spec)
+    return denoise(model, normal(1, 4, 3), inputs, None, plan, attend, fresh, **options)  # type: ignore[arg-type]
+
+
+def test_the_loop_evaluates_every_level_once_and_clamps_after_every_step():
+    model, spec = Stub(), SamplerSpec(shifted_sigmas(5))
+    latents, evaluations, plan = run(model, spec)
+    assert [sigma for sigma, _ in model.evaluated] == list(spec.sigmas[:-1])
+    assert [e.sigma for e in evaluations] == list(spec.sigmas[:-1])
+    assert all(e.computed and e.seconds >= 0 for e in evaluations)
+    assert plan == DenoisePlan(spec)
+    assert len(model.clamped) == 1 + 5
+    assert torch.equal(model.clamped[0], normal(1, 4, 3))
+    assert bool((latents[:, 0] == 9).all())
+    assert torch.allclose(latents[:, 1:], torch.full((1, 3, 3), 2.0), atol=1e-5)
+
+
+def test_latents_are_stored_in_the_samplers_precision():
+    model = Stub()
+    latents, _, _ = run(model, SamplerSpec(shifted_sigmas(3), "unipc", torch.bfloat16))
+    assert latents.dtype == torch.bfloat16
+    assert {x.dtype for x in model.clamped} == {torch.bfloat16}
+
+
+def test_guidance_leads_away_from_the_unconditional_branch():
+    model = Stub()
+    latents, _, _ = run(model, SamplerSpec((1.0, 0.0), guidance=3.0), (2.0, 0.5))
+    assert model.evaluated == [(1.0, 2.0), (1.0, 0.5)]
+    # velocities are linear in the pull, so guided ones pull towards 0.5 + 3 (2 - 0.5)
+    assert torch.allclose(latents[:, 1:], torch.full((1, 3, 3), 5.0), atol=1e-5)
+
+
+def test_without_guidance_a_second_branch_is_never_evaluated():
+    model = Stub()
+    run(model, SamplerSpec(shifted_sigmas(2)), (2.0, 0.5))
+    assert {pull for _, pull in model.evaluated} == {2.0}
+
+
+def test_fresh_noise_is_numbered_by_step():
+    asked: list[int] = []
+
+    def fresh(i: int) -> Tensor:
+        asked.append(i)
+        return normal(1, 4, 3, seed=i)
+
+    run(Stub(), SamplerSpec(shifted_sigmas(4), "renoise"), fresh=fresh)
+    assert asked == [0, 1, 2]
+
+
+def test_the_plan_can_be_refined_once_from_the_first_evaluation():
+    model, spec, calls = Stub(), SamplerSpec(shifted_sigmas(8)), []
+
+    def refine(plan: DenoisePlan, clean: Tensor, captured: Mapping[str, Tensor]) -> DenoisePlan:
+        calls.append((clean, float(captured["pull"])))
+        return DenoisePlan(SamplerSpec(shifted_sigmas(2)), "seen before")
+
+    latents, evaluations, plan = run(model, spec, refine=refine)
+    assert [e.sigma for e in evaluations] == [1.0, 0.5]
+    assert plan.reason == "seen before"
+    ((clean, pull),) = calls
+    assert pull == 2.0
+    assert torch.allclose(clean, torch.full_like(clean, 2.0), atol=1e-5)
+    assert torch.allclose(latents[:, 1:], torch.full((1, 3, 3), 2.0), atol=1e-5)
+
+
+def test_a_refined_plan_from_another_noise_level_keeps_the_sampler():
+    def refine(plan: DenoisePlan, clean: Tensor, captured: Mapping[str, Tensor]) -> DenoisePlan:
+        return DenoisePlan(SamplerSpec(shifted_sigmas(2, first=0.8)), "elsewhere")
+
+    spec = SamplerSpec(shifted_sigmas(4))
+    _, evaluations, plan = run(Stub(), spec, refine=refine)
+    assert [e.sigma for e in evaluations] == list(spec.sigmas[:-1])
+    assert plan == DenoisePlan(spec, "elsewhere")

@@ -1,0 +1,255 @@
+"""The trainer: its data, its optimisers, its files, and a run in miniature."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import worldstride
+from worldstride import Action
+from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.weights import random_network
+
+FOLDER = Path(__file__).parents[1] / "training" / "courtyard"
+SMALL = CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6, memory=3, window=2, sink=1)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def training() -> Iterator[SimpleNamespace]:
+    """The trainer's modules, as its scripts see each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        names = ("checkpoint", "data", "group", "optimizer", "train")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def train(*arguments: str | Path) -> str:
+    """Run the script and return what it printed."""
+    command = [sys.executable, str(FOLDER / "train.py"), "--smoke", *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smoke")
+    train("--out", out)
+    return out
+
+
+def test_a_smoke_run_writes_weights_that_load_and_play(smoke: Path):
+    facts = json.loads((smoke / "training.json").read_text())
+    assert facts["step"] == 6
+    assert facts["contexts"] == 12
+    engine = worldstride.load("courtyard", smoke / "weights.safetensors", device="cpu")
+    chunk = engine.new(seed=1).step(Action(frozenset({"KeyW"})))
+    assert chunk.frames.shape == (4, 24, 24, 3)
+    assert all(path.stat().st_size < 16 * 2**20 for path in smoke.rglob("*"))
+
+
+def test_training_moves_every_part_of_the_network(smoke: Path, training: SimpleNamespace):
+    tensors, facts = training.checkpoint.load_state(smoke / "state")
+    begun = training.train.Settings().for_smoke()
+    torch.manual_seed(begun.seed)
+    fresh = training.train.CourtyardNetwork(begun.model).state_dict()
+    trained = training.checkpoint.part(tensors, "network")
+    assert facts["progress"] == 1.0
+    assert trained.keys() == fresh.keys()
+    assert not [name for name, value in trained.items() if torch.equal(value, fresh[name])]
+    assert all(bool(value.isfinite().all()) for value in trained.values())
+
+
+def miniature(training: SimpleNamespace, **changes: object):
+    settings = replace(training.train.Settings(steps=8).for_smoke(), smoke=True, **changes)
+    return training.train.Trainer(settings, training.group.Group())
+
+
+def test_a_run_goes_on_from_its_state(training: SimpleNamespace, tmp_path: Path):
+    trainer = miniature(training, out=tmp_path)
+    for _ in range(3):
+        trainer.train_step(trainer.step)
+        trainer.step += 1
+    trainer._save_state()
+    resumed = miniature(training, resume=tmp_path / "state")
+    assert resumed.step == 3
+    for name, value in trainer.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], value)
+    for name, value in trainer.averaged.state_dict().items():
+        assert torch.equal(resumed.averaged.state_dict()[name], value.half().float())
+    moments = trainer.optimizer.state()
+    assert moments
+    assert resumed.optimizer.state().keys() == moments.keys()
+    assert all(torch.equal(value, moments[name]) for name, value in resumed.optimizer.state().items())
+    train("--out", tmp_path / "more", "--resume", tmp_path / "state", "--steps", "8")
+    facts = json.loads((tmp_path / "more" / "training.json").read_text())
+    assert facts["step"] == 8
+    assert facts["contexts"] == 2 * (8 - 3)
+    after, _ = training.checkpoint.load_state(tmp_path / "more" / "state")
+    assert not torch.equal(after["network.out.weight"], trainer.network.out.weight)
+
+
+def test_the_same_seed_trains_the_same_weights(training: SimpleNamespace):
+    def trained(seed: int) -> Tensor:
+        trainer = miniature(training, seed=seed)
+        trainer.train_step(0)
+        return torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+
+    a, b, other = trained(0), trained(0), trained(1)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, other)
+
+
+def test_states_are_split_below_the_limit_and_come_back(training: SimpleNamespace, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{i}": torch.randn(1024, 1100, generator=generator) for i in range(8)}  # 4.3 MiB each
+    tensors |= {"half": torch.ones(3).half(), "scalar": torch.tensor(2.0)}
+    training.checkpoint.save_state(tmp_path, tensors, {"step": 5})
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3
+    assert all(path.stat().st_size < 16 * 2**20 for path in files)
+    loaded, facts = training.checkpoint.load_state(tmp_path)
+    assert facts["step"] == 5
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_matrices_of_the_blocks_go_to_muon(training: SimpleNamespace):
+    network = random_network(SMALL).requires_grad_(True)
+    adam, muon = training.optimizer.Optimizer(network, 0.02, 0.002).parts
+    assert [type(adam), type(muon)] == [torch.optim.AdamW, torch.optim.Muon]
+
+    def names(part: torch.optim.Optimizer) -> set[str]:
+        mine = {id(p) for group in part.param_groups for p in group["params"]}
+        return {name for name, p in network.named_parameters() if id(p) in mine}
+
+    matrices = ("q.weight", "k.weight", "v.weight", "o.weight", "up.weight", "down.weight")
+    assert names(muon) == {f"blocks.{i}.{name}" for i in range(SMALL.depth) for name in matrices}
+    assert names(adam) == {name for name, _ in network.named_parameters()} - names(muon)
+    assert sum(len(g["params"]) for g in adam.param_groups) == len(names(adam))
+
+
+def test_the_optimisers_state_round_trips_in_half_the_bytes(training: SimpleNamespace):
+    def stepped(count: int):
+        network = random_network(SMALL).requires_grad_(True)
+        optimizer = training.optimizer.Optimizer(network, 0.02, 0.002)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(count):
+            for p in network.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step(1.0)
+        return optimizer
+
+    state, fresh = stepped(2).state(), stepped(1)
+    assert {v.dtype for v in state.values() if v.dim()} == {torch.bfloat16}
+    fresh.load_state(state)
+    assert fresh.state().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in fresh.state().items())
+
+
+def pool(training: SimpleNamespace, seed: int = 0, frames: int = 40):
+    generator = torch.Generator().manual_seed(seed)
+    return training.data.Pool("courtyard", 2, 1, SMALL, generator, frames=frames)
+
+
+@pytest.mark.parametrize("random_memory", [0.0, 1.0])
+def test_contexts_hold_nothing_of_the_window_or_the_future_as_memory(training: SimpleNamespace, random_memory: float):
+    walks = pool(training)
+    walks.patches[:] = torch.arange(40, dtype=torch.uint8)[:, None, None]  # a frame's picture tells its number
+    kind = training.data.ContextKind(3, 2, 1)
+    for _ in range(20):
+        batch = walks.draw(16, kind, 3, random_memory, 0.0)
+        index = batch.context[:, :, 0, 0].long()
+        start = batch.target_frames[:, 0]
+        assert torch.equal(batch.target[:, :, :, 0, 0].flatten(1).long(), batch.target_frames)
+        assert torch.equal(batch.context_kinds, torch.tensor([2, 1, 1, 1, 0, 0]).expand(16, -1))
+        assert torch.equal(batch.context_ranks, torch.arange(-6, 0).expand(16, -1))
+        assert bool((index[:, 0] == 0).all())
+        memory = index[:, 1:4]
+        assert bool((memory < start[:, None] - 2).all())
+        assert bool((memory.diff(dim=1) >= 0).all())
+        assert torch.equal(index[:, 4:], start[:, None] + torch.tensor([-2, -1]))
+        assert bool((batch.target_frames < 40).all())
+        assert bool((batch.target_frames >= start[:, None]).all())
+        assert torch.equal(batch.context_cameras, walks.cameras[batch.walks[:, None], index])
+        if not random_memory:
+            assert bool((memory.diff(dim=1) > 0).all())  # retrieval picks no frame twice
+        gap = (batch.target_frames.unflatten(1, (3, -1))[..., 0] - start[:, None]).clamp_max(16)
+        assert torch.equal(batch.target_ranks, gap[..., None] + torch.arange(4))
+
+
+def test_batches_follow_the_generators_seed(training: SimpleNamespace):
+    kind = training.data.ContextKind(3, 2, 1)
+
+    def drawn(seed: int) -> list[Tensor]:
+        walks = pool(training, seed, 24)
+        walks.refresh()
+        return list(vars(walks.draw(4, kind, 2, 0.3, 0.0)).values())
+
+    a, b, other = drawn(0), drawn(0), drawn(1)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a[1], other[1])
+
+
+def test_own_predictions_enter_contexts_only_when_asked(training: SimpleNamespace):
+    walks = pool(training, frames=24)
+    walks.own = 255 - walks.patches
+    kind, truth = training.data.ContextKind(0, 2), walks.patches
+
+    def shown(own: float) -> tuple[Tensor, Tensor]:
+        batch = walks.draw(16, kind, 1, 0.0, own)
+        index = batch.target_frames[:, :1] + torch.tensor([-2, -1])
+        return batch.context, truth[batch.walks[:, None], index]
+
+    context, true = shown(0.0)
+    assert torch.equal(context, true)
+    context, true = shown(1.0)
+    mine = (context == 255 - true).flatten(2).all(-1)
+    assert bool(mine.any())
+    assert bool((context == true).flatten(2).all(-1)[~mine].all())
+    assert not bool(mine.all())
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from group import Group
+from train import Settings, Trainer
+
+group, out = Group(), Path(sys.argv[1])
+trainer = Trainer(Settings(out=out, smoke=True).for_smoke(), group)
+trainer.run()
+seen = {"cameras": trainer.pools["plain"].cameras, "step": trainer.step}
+torch.save({"network": trainer.network.state_dict(), **seen}, out / f"rank{group.rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_one_network_on_different_worlds(tmp_path: Path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path])}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "driver.py"), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1))
+    assert a["step"] == b["step"] == 6
+    assert all(torch.equal(value, b["network"][name]) for name, value in a["network"].items())
+    assert not torch.equal(a["cameras"], b["cameras"])
+    assert json.loads((tmp_path / "training.json").read_text())["processes"] == 2
