@@ -14,6 +14,7 @@ from worldstride.camera import camera_from_pose, intrinsics_from_fov
 from worldstride.context.history import History
 from worldstride.context.retrieval import (
     FAR,
+    HALF_NEAR,
     HALF_WEIGHT,
     KEPT,
     NEAR,
@@ -21,6 +22,7 @@ from worldstride.context.retrieval import (
     frustum_points,
     greedy,
     similarity,
+    unseen,
 )
 from worldstride.context.selection import ContextPlan, select
 from worldstride.noise import stream
@@ -53,7 +55,8 @@ def slow_coverage(queries: Tensor, memory: Tensor, points: Tensor, k: Tensor) ->
                 if seen:
                     across, along = float(k[0, 0]) * x / z + 0.5, float(k[1, 1]) * y / z + 0.5
                     seen = 0 < across < 1 and 0 < along < 1
-                row.append(1 / (1 + (x * x + y * y + z * z) / HALF_WEIGHT**2) if seen else 0.0)
+                near = 1 / (1 + float((eye[:3, 3] - query[:3, 3]).square().sum()) / HALF_NEAR**2)
+                row.append(near / (1 + (x * x + y * y + z * z) / HALF_WEIGHT**2) if seen else 0.0)
         rows.append(row)
     return torch.tensor(rows)
 
@@ -137,6 +140,16 @@ def test_worlds_of_a_batch_do_not_meet():
     assert greedy(together, valid, 3).tolist() == picks
 
 
+def test_what_the_window_shows_need_not_be_remembered():
+    weights = torch.tensor([[[0.9, 0.9, 0.0, 0.0], [0.0, 0.0, 0.5, 0.4]]])
+    window = torch.tensor([[[1.0, 0.8, 0.0, 0.0], [0.2, 0.9, 0.0, 0.0]]])
+    left = unseen(weights, window)
+    assert torch.allclose(left, torch.tensor([[[0.0, 0.09, 0.0, 0.0], [0.0, 0.0, 0.5, 0.4]]]))
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    assert (greedy(weights, valid, 1).item(), greedy(left, valid, 1).item()) == (0, 1)
+    assert torch.equal(unseen(weights, window[:, :0]), weights)
+
+
 def test_greedy_picks_complementary_views():
     # two frames see the left half well, one sees the right half less well: coverage takes one of each side
     left, right = [0.9] * 10 + [0.0] * 10, [0.0] * 10 + [0.5] * 10
@@ -205,11 +218,11 @@ def test_memory_is_what_the_coming_views_show():
 
 
 def test_memory_serves_the_first_and_the_last_of_the_coming_views():
-    turning = cameras((0, 0, 0), (0, 0, 1.5), (0, 0, 3.0))
+    turning = cameras((0, 0, 2.6), (0, 0, 3.5), (0, 0, 4.6))  # the window looks along 0.1 to 1.3
     made, _ = select(bank(20), ChunkShape(new=3, frames=3, window=4, memory=2), turning, POINTS, K)
     looks = [(0.4 * i) % math.tau for i in made.memory]
-    assert min(min(look, math.tau - look) for look in looks) < 0.5
-    assert min(abs(look - 3.0) for look in looks) < 0.5
+    assert min(abs(look - 2.6) for look in looks) < 0.5
+    assert min(abs(look - 4.6) for look in looks) < 0.5
 
 
 def test_newest_is_the_similarity_to_the_last_latent_before_the_chunk():

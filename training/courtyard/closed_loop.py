@@ -37,7 +37,7 @@ def roll(
             elif how == "oracle":
                 picks = _true_coverage(walks, at, window, memory, config)
             else:
-                picks = retriever.memory(coming, walks.cameras[:, : at - window], before, memory)
+                picks = retriever.memory(coming, walks.cameras[:, :at], before, memory)
             index = torch.cat([picks, index], 1)
         context, cameras = take(out, rows, index), take(walks.cameras, rows, index)
         kind = ContextKind(memory, window)

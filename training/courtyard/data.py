@@ -161,8 +161,12 @@ class Pool:
     ) -> Tensor:
         ends = torch.stack([starts, starts + self.config.chunk - 1], -1).flatten(1)  # first and last coming frame
         weights = retrieval.coverage(take(self.cameras, rows, ends), self.cameras[rows], self.points, self.intrinsics)
-        valid = torch.arange(self.frames, device=self.device) < (start - kind.window)[:, None]
-        chosen = retrieval.greedy(weights, valid, kind.memory)
+        frames = torch.arange(self.frames, device=self.device)
+        valid = frames < (start - kind.window)[:, None]
+        # the window's frames show the chunk right after it; what they show need not be remembered
+        window = (start[:, None] - kind.window + torch.arange(kind.window, device=self.device))[..., None]
+        shown = weights.gather(1, window.expand(-1, -1, weights.shape[-1]))
+        chosen = retrieval.greedy(retrieval.unseen(weights, shown), valid, kind.memory)
         anywhere = (uniform(len(rows), kind.memory) * (start - kind.window)[:, None]).long()
         # ranks follow time, here as in a session
         return torch.where(uniform(len(rows), 1) < random, anywhere, chosen).sort(1).values

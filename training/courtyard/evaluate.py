@@ -28,6 +28,7 @@ from torch import Tensor
 
 from worldstride import worlds
 from worldstride.bench import metrics
+from worldstride.engine import pick_dtype
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.weights import read_network, shipped
 
@@ -68,8 +69,8 @@ class Evaluation:
         self.s = small if settings.smoke else settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, self.fingerprint = read_network(settings.weights or shipped())
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.device, self.model = device, CourtyardModel(network.to(device).eval(), dtype)
+        dtype = pick_dtype(device)
+        self.device, self.model = device, CourtyardModel(network.to(device, dtype).eval(), dtype)
         self.config, self.rows, self.begin = network.config, {}, time.perf_counter()
 
     def record(self, name: str, row: Row) -> None:

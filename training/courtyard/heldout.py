@@ -74,10 +74,15 @@ class Retriever:
         self._intrinsics = camera.intrinsics_from_fov(worlds.FOV).to(device)
 
     def memory(self, coming: Tensor, past: Tensor, before: Tensor, count: int) -> Tensor:
-        """Indices [N, count], in order of time, among past [N, n, 4, 4] frames earlier than before [N]."""
+        """Indices [N, count], in order of time, among past [N, n, 4, 4] frames earlier than before [N].
+
+        The window's frames start at `before`; what they show need not be remembered.
+        """
         weights = retrieval.coverage(coming[:, [0, -1]], past, self._points, self._intrinsics)
         valid = torch.arange(past.shape[1], device=past.device) < before[:, None]
-        return retrieval.greedy(weights, valid, count).sort(1).values
+        window = before[:, None] + torch.arange(self._config.window, device=past.device)
+        shown = weights.gather(1, window[..., None].expand(-1, -1, weights.shape[-1]))
+        return retrieval.greedy(retrieval.unseen(weights, shown), valid, count).sort(1).values
 
 
 @torch.no_grad()

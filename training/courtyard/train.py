@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
-from checkpoint import flat_state, load_state, part, save_state, save_weights
+from checkpoint import flat_state, load_state, load_weights, part, save_state, save_weights
 from data import Batch, ContextKind, Pool
 from group import Group
 from optimizer import Optimizer
@@ -27,7 +27,7 @@ from worldstride import worlds
 from worldstride.attention import attend
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import geometry
-from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count, unpatchify
+from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,14 @@ class Settings:
     """Point of the run from which contexts may hold the model's own predictions."""
     own_share: float = 0.5
     """Share of such contexts."""
+    own_every: int = 2
+    """Steps between two of which the samples are kept for later contexts; each costs one more evaluation."""
     quick: int = 3
     """Evaluations on held-out plain courts during the run."""
     state_minutes: float = 5.0
     """Minutes between saved states."""
+    start: Path | None = None
+    """Weights to start from, with fresh optimiser state; their configuration must be `model`."""
     resume: Path | None = None
     """Folder of a saved state to go on from."""
     compile_cache: Path | None = None
@@ -121,6 +125,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         config = settings.model
         self.network = CourtyardNetwork(config).to(self.device)
+        if settings.start is not None:
+            self._start(settings.start)
         self.averaged = CourtyardNetwork(config).to(self.device).requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
         self.optimizer = Optimizer(self.network, settings.matrix_rate, settings.rate)
@@ -166,6 +172,12 @@ class Trainer:
     def _wait(self) -> None:
         if self.group.cuda:
             torch.cuda.synchronize()
+
+    def _start(self, file: Path) -> None:
+        config, tensors = load_weights(file)
+        if config != self.s.model:
+            raise ValueError(f"{file} holds weights of {config}, the run is for {self.s.model}")
+        self.network.load_state_dict(tensors)
 
     def _resume(self, folder: Path) -> None:
         tensors, facts = load_state(folder)
@@ -218,7 +230,8 @@ class Trainer:
             for each in self.pools.values():
                 each.own = each.patches.clone() if each.own is None else each.own
         batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own)
-        sigma, predicted, target = self._predict(batch)
+        keep = pool.own is not None and self.step % s.own_every == 0
+        sigma, predicted, target, sampled = self._predict(batch, keep)
         difference = predicted.float() - target.float()
         error = difference.square().mean((2, 3, 4))  # [B, R]
         loss = ((error + s.seam * self._jump(difference)) / sigma.clamp_min(0.1)).mean()
@@ -229,12 +242,16 @@ class Trainer:
         with torch.no_grad():
             weight = 1 - min(s.average, (self.step + 1) / (self.step + 11))
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), weight)
-            if pool.own is not None:
-                self._keep(pool.own, batch, predicted, sigma)
+            if pool.own is not None and sampled is not None:
+                self._keep(pool.own, batch, sampled, sigma)
         return {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm, "rate": rate}
 
-    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise context and targets, predict: noise levels [B, R], predicted and true patches [B, R, C, n, values]."""
+    def _predict(self, batch: Batch, sample: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Noise context and targets, predict: noise levels [B, R], predicted and true patches [B, R, C, n, values].
+
+        With `sample`, the last value holds frames of two evaluations, as a player gets them: the prediction is
+        carried half-way to zero noise and predicted again, so what it had to invent is sharp and not an average.
+        """
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, device=self.device, generator=self.generator)
@@ -256,7 +273,14 @@ class Trainer:
         flat = [t.flatten(0, 1) for t in (batch.target_cameras, batch.target_ranks, noisy)]
         coming = geometry(config, flat[0], flat[1], torch.zeros_like(flat[1]))
         predicted = self.network.denoise(flat[2], coming, sigma.flatten(), written, attend)
-        return sigma, predicted.unflatten(0, (b, r)), target
+        sampled = None
+        if sample:
+            with torch.no_grad():
+                # Euler from sigma to sigma / 2 lands in the middle between where it was and the prediction
+                half = (flat[2] + predicted) / 2
+                held = [(k.detach(), v.detach()) for k, v in written]
+                sampled = self.network.denoise(half, coming, sigma.flatten() / 2, held, attend).unflatten(0, (b, r))
+        return sigma, predicted.unflatten(0, (b, r)), target, sampled
 
     def _jump(self, difference: Tensor) -> Tensor:
         """Mean squared jump [B, R] of the error across patch borders.
@@ -265,18 +289,19 @@ class Trainer:
         mean and sampling stays right; it only makes errors that end at a border dearer.
         """
         config = self.s.model
-        image = unpatchify(difference, config.grid, config.patch)  # [B, R, C, 3, H, W]
-        down_at, across_at = (torch.arange(side, config.size, side, device=self.device) for side in config.patch)
-        across = image[..., across_at] - image[..., across_at - 1]
-        down = image[..., down_at, :] - image[..., down_at - 1, :]
-        return (across.square().mean((2, 3, 4, 5)) + down.square().mean((2, 3, 4, 5))) / 2
+        cells = difference.unflatten(-2, config.grid).unflatten(
+            -1, (3, *config.patch)
+        )  # [B, R, C, rows, cols, 3, h, w]
+        across = cells[:, :, :, :, 1:, :, :, 0] - cells[:, :, :, :, :-1, :, :, -1]
+        down = cells[:, :, :, 1:, :, :, 0] - cells[:, :, :, :-1, :, :, -1]
+        return (across.square().flatten(2).mean(2) + down.square().flatten(2).mean(2)) / 2
 
     @staticmethod
-    def _keep(own: Tensor, batch: Batch, predicted: Tensor, sigma: Tensor) -> None:
-        """Predictions from moderate noise become later contexts, so that drifted pasts are in distribution."""
+    def _keep(own: Tensor, batch: Batch, sampled: Tensor, sigma: Tensor) -> None:
+        """Samples that still know something of the truth become later contexts: drifted pasts are in distribution."""
         old = own[batch.walks[:, None], batch.target_frames]  # [B, R C, n, values]
-        new = ((predicted.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).flatten(1, 2)
-        keep = (sigma < 0.8).repeat_interleave(predicted.shape[2], 1)[..., None, None]
+        new = ((sampled.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).flatten(1, 2)
+        keep = (sigma < 0.9).repeat_interleave(sampled.shape[2], 1)[..., None, None]
         own[batch.walks[:, None], batch.target_frames] = torch.where(keep, new, old)
 
     def _report(self, facts: dict[str, Tensor | float], begin: float | None, first: int) -> None:

@@ -1,8 +1,8 @@
 """Which remembered frames to bring back: greedy coverage of the coming views by field-of-view overlap.
 
 Sample points are spread over the frusta of the coming cameras; a remembered frame is worth the points it saw that
-no chosen frame has seen well. Nothing but cameras is needed, so walls are not known of; nearness to a point stands
-in for them.
+neither the recent window nor a chosen frame has seen well. Nothing but cameras is needed, so walls are not known of;
+nearness to a point, and to the coming camera, stands in for them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from worldstride import camera
 
-NEAR, FAR = 0.5, 6.0
+NEAR, FAR = 0.3, 9.0
 """Depths in metres between which sample points lie."""
 HALF_WEIGHT = 5.0
 """Distance in metres from a remembered camera to a point at which seeing it counts half."""
+HALF_NEAR = 6.0
+"""Distance in metres between a remembered and a coming camera at which the remembered one counts half."""
 KEPT = 0.25
 """What a point is still worth after a chosen frame has seen it at full weight."""
 
@@ -50,7 +52,14 @@ def coverage(queries: Tensor, memory: Tensor, points: Tensor, intrinsics: Tensor
     margin_x = 0.5 / pinhole[0] * z
     margin_y = 0.5 / pinhole[1] * z
     inside = (z > 0.15) & (x.abs() < margin_x) & (y.abs() < margin_y)
-    return inside / (1 + (x * x + y * y + z * z) / HALF_WEIGHT**2)
+    apart = (memory[:, :, None, :3, 3] - queries[:, None, :, :3, 3]).square().sum(-1)  # [B, N, Q]
+    near = 1 / (1 + apart / HALF_NEAR**2)
+    return inside * near.repeat_interleave(len(points), 2) / (1 + (x * x + y * y + z * z) / HALF_WEIGHT**2)
+
+
+def unseen(weights: Tensor, recent: Tensor) -> Tensor:
+    """Weights [B, N, S] of remembered frames, less what the window's frames, weights [B, W, S], show already."""
+    return weights * (1 - recent.amax(1, keepdim=True)) if recent.shape[1] else weights
 
 
 def similarity(weights: Tensor) -> Tensor:

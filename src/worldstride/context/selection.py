@@ -69,7 +69,8 @@ def select(
     if count:
         weights = _weights(history.cameras(candidates), coming, points, intrinsics)
         valid = torch.ones(1, len(candidates), dtype=torch.bool)
-        picks = retrieval.greedy(weights, valid, count)[0].sort().values
+        shown = _weights(history.cameras(list(range(kept - recent, kept))), coming, points, intrinsics)
+        picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count)[0].sort().values
         chosen = [candidates[i] for i in picks.tolist()]
         similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
     plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), _reason(window, memory))
