@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,40 @@ def test_wrong_device_and_wrong_outputs(tmp_path: Path, capsys: pytest.CaptureFi
     assert not list(tmp_path.glob("*.mp4"))
 
 
+def no_model(*_: object, **__: object) -> None:
+    raise RuntimeError("a model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "w.gif"], "a video file ends in .mp4"),
+        (["-o", "w.mp4", "--fps", "0"], "fps must be"),
+        (["-o", "w.mp4", "--scale", "0"], "scale must be"),
+        (["-o", "w.mp4", "--save", "w.mp4"], "the video and the saved world cannot both be w.mp4"),
+        (["-o", "w.mp4", "--save", "w.json"], "the report and the saved world cannot both be w.json"),
+        (["-o", "w.mp4", "--report", "sub/../w.mp4"], "the video and the report cannot both be"),
+        (["--report", "old.world", "--from", "old.world"], "the world to go on from and the report cannot both be"),
+        (["--save", "old.world", "--from", "old.world", "--dtype", "float32"], "leave out --dtype float32"),
+        (["--report", "walk.json"], "the report would overwrite the trajectory walk.json"),
+    ],
+)
+def test_rollout_refuses_before_any_work(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pytest.importorskip("av")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("worldstride.commands.options.load", no_model)
+    monkeypatch.setattr("worldstride.commands.rollout.open_session", no_model)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "old.world").write_text("old")
+    (tmp_path / "walk.json").write_text('[{"keys": ["KeyW"], "frames": 4}]')
+    trajectory = "walk.json" if "trajectory" in words else "w-4"
+    assert words in failure(["rollout", "courtyard", "--trajectory", trajectory, *arguments], capsys)
+    assert (tmp_path / "old.world").read_text() == "old"
+
+
 def test_missing_pyav_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +129,9 @@ def test_missing_pyav_names_the_extra(
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_av)
-    error = failure([*ROLLOUT, "--trajectory", "w-4", "-o", str(tmp_path / "walk.mp4")], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr("worldstride.commands.options.load", no_model)  # refused before any work
+        error = failure([*ROLLOUT, "--trajectory", "w-4", "-o", str(tmp_path / "walk.mp4")], capsys)
     assert "worldstride[video]" in error
     report = tmp_path / "walk.json"
     assert main([*ROLLOUT, "--trajectory", "w-4", "--report", str(report)]) == 0  # no video was asked for
@@ -180,10 +217,11 @@ def test_ctrl_c_leaves_a_playable_video_and_a_valid_report(tmp_path: Path) -> No
 
 
 def test_a_failure_in_the_middle_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(*_: object, **__: object) -> None:
+    def play(*_: object) -> Iterator[None]:
         raise MemoryError("no room")
+        yield
 
-    monkeypatch.setattr(worldstride.Session, "step", step)
+    monkeypatch.setattr(worldstride.Session, "play", play)
     report = tmp_path / "r.json"
     with pytest.raises(MemoryError):
         main([*ROLLOUT, "--trajectory", "w-4", "--report", str(report)])

@@ -172,6 +172,18 @@ def test_compare_refuses_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot make the folder" in capsys.readouterr().err
 
 
+def test_a_bad_rate_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_model(*_: object, **__: object) -> None:
+        raise RuntimeError("a model was loaded")
+
+    monkeypatch.setattr("worldstride.commands.options.load", no_model)
+    assert main(["compare", "courtyard", *ARGUMENTS, "--fps", "0", "--out", str(tmp_path / "x")]) == 2
+    assert "fps must be" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_charts_survive_missing_values() -> None:
     nothing = {"seed": 1, "walk": "journey", "shares": {"revisited": [0.0]}, "psnr": {"off": {"all": [math.nan]}}}
     assert "polyline" in page.chart(nothing)

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from worldstride import rope
+import worldstride
+from worldstride import rope, worlds
 from worldstride.attention import attend, reference
 from worldstride.camera import camera_from_pose, intrinsics_from_fov, rays
 from worldstride.errors import InputError
+from worldstride.models.courtyard import geometry as geometry_of
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.codec import PatchCodec
 from worldstride.models.courtyard.config import CameraCode, CourtyardConfig
@@ -294,12 +297,29 @@ def test_the_trainers_weights_load_as_they_were_saved(tmp_path: Path, monkeypatc
     saved = random_network(SMALL)
     path = tmp_path / "new" / "weights.safetensors"
     checkpoint.save_weights(path, saved, SMALL, {"step": 3})
-    config, tensors = checkpoint.load_weights(path)
     loaded, fingerprint = read_network(path)
-    assert config == loaded.config == SMALL
+    assert loaded.config == SMALL
     assert len(fingerprint) == 64
     for name, value in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float())
-        assert torch.equal(tensors[name], value.half().float())
-    assert json.loads(checkpoint.safe_open(path, "pt").metadata()["training"]) == {"step": 3}
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["training"]) == {"step": 3}
     sys.modules.pop("checkpoint")
+
+
+def test_loading_leaves_the_callers_random_numbers_alone():
+    before = torch.get_rng_state()
+    worldstride.load("courtyard", dtype=torch.float32)
+    worldstride.load("courtyard", weights="random", dtype=torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_cameras_intrinsics_are_refused():
+    model = CourtyardModel(network("both"), torch.float32)
+    wide = Conditions(0, torch.eye(4)[None, None], torch.eye(4)[None, None], torch.eye(3), positions=torch.zeros(1))
+    with pytest.raises(InputError, match="knows one camera"):
+        model.prepare(wide)
+
+
+def test_geometry_and_worlds_share_camera_and_eye_height():
+    assert (geometry_of.FIELD_OF_VIEW, geometry_of.EYE_HEIGHT) == (worlds.FOV, worlds.EYE)

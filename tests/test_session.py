@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import worldstride
-from joint_model import CELL, HEIGHT, TEXT, WIDTH, JointModel, joint_engine
-from worldstride import Acceleration, Action, Chunk, ControlSettings, Engine, Session, Trajectory
-from worldstride.camera import camera_from_pose, intrinsics_from_fov
-from worldstride.engine import EngineSource
-from worldstride.errors import CheckpointError, InputError, SaveFileError
-from worldstride.models.courtyard.config import CourtyardConfig
-from worldstride.models.courtyard.weights import FILE, random_network
+from joint_model import TEXT, JointModel, joint_engine
+from walking import FORWARD, MOVES, TURN, first_frames, same, walk
+from worldstride import Acceleration, Action, Engine, Session, Trajectory
+from worldstride.camera import intrinsics_from_fov
+from worldstride.errors import InputError
 from worldstride.noise import normal
-from worldstride.savefile import read_save, write_save
 
 Start = Callable[..., Session]
-FORWARD, TURN = Action(frozenset({"KeyW"})), Action(frozenset({"ArrowRight"}), (3.0, -2.0))
-MOVES = (FORWARD, TURN, Action(frozenset({"KeyS", "KeyD"})), FORWARD)
-
-
-def first_frames(count: int = 1, height: int = CELL * HEIGHT, width: int = CELL * WIDTH) -> np.ndarray:
-    values = torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(0))
-    return values.to(torch.uint8).numpy()
-
-
-def walk(count: int, step: float = 0.05) -> Tensor:
-    """Cameras [count, 4, 4] that walk forward while turning."""
-    i = torch.arange(1, count + 1) * step
-    return camera_from_pose(torch.stack([i, 2 * i, i, torch.zeros(count)], -1))
 
 
 @pytest.fixture(params=["courtyard", "joint", "guided"])
@@ -51,10 +34,6 @@ def start(request: pytest.FixtureRequest, tiny_engine: Engine, joint: Engine, gu
         return engine.open(first_frames(), torch.eye(4)[None], prompt, seed=7, noise_seed=noise_seed)
 
     return begin
-
-
-def same(a: Chunk, b: Chunk) -> bool:
-    return np.array_equal(a.frames, b.frames) and np.array_equal(a.cameras, b.cameras)
 
 
 def assert_same_state(a: Session, b: Session) -> None:
@@ -172,7 +151,6 @@ def test_settings_reduce_the_context_and_say_so(tiny_engine: Engine):
     assert (len(report.context.window), len(report.context.memory), report.context_latents) == (2, 1, 3)
     assert report.context.reason == "window 2 and memory 1 asked for"
     assert report.steps_reason == "shift 3 asked for by 'less'"
-    assert session.acceleration.approximate
 
 
 def test_context_and_chunk_ranks_never_meet(joint: Engine, monkeypatch: pytest.MonkeyPatch):
@@ -475,167 +453,3 @@ def test_every_family_walks(tiny_engine: Engine, family: str, tmp_path: Path):
     session.step(FORWARD)
     session.save(tmp_path / "a.world")
     assert same(session.step(FORWARD), worldstride.open(tmp_path / "a.world", engine=tiny_engine).step(FORWARD))
-
-
-@pytest.mark.parametrize("procedural", [True, False])
-def test_a_save_keeps_its_controls(tiny_engine: Engine, procedural: bool, tmp_path: Path):
-    quick = Engine(tiny_engine.model, tiny_engine.source, Acceleration(), ControlSettings(speed=0.2, turn=0.3))
-    session = quick.new(seed=7) if procedural else quick.open(first_frames(4, 24, 24), walk(4))
-    session.step(FORWARD)
-    quick.controls = ControlSettings()
-    session.save(tmp_path / "a.world")
-    opened = worldstride.open(tmp_path / "a.world", engine=tiny_engine)
-    assert same(session.step(TURN), opened.step(TURN))
-
-
-def test_a_save_keeps_its_acceleration(tiny_engine: Engine, tmp_path: Path):
-    session = tiny_engine.new(seed=7)
-    session.acceleration = Acceleration("mine", steps=3, window=2)
-    session.save(tmp_path / "a.world")
-    assert worldstride.open(tmp_path / "a.world", engine=tiny_engine).acceleration == session.acceleration
-
-
-@pytest.fixture
-def saved(tiny_engine: Engine, tmp_path: Path) -> Path:
-    session = tiny_engine.new(seed=7)
-    session.step(FORWARD)
-    session.save(tmp_path / "a.world")
-    return tmp_path / "a.world"
-
-
-def test_damaged_and_foreign_saves_are_refused(saved: Path, tiny_engine: Engine, tmp_path: Path):
-    data = saved.read_bytes()
-    middle = len(data) // 2
-    cases = {
-        "cut": data[:middle],
-        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
-        "empty": b"",
-        "text": b"no world at all, but long enough",
-    }
-    for name, content in cases.items():
-        path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(SaveFileError):
-            worldstride.open(path, engine=tiny_engine)
-    save_file({"x": torch.zeros(3)}, tmp_path / "foreign", {"format": "other"})
-    for name in ("foreign", "missing"):
-        with pytest.raises(SaveFileError):
-            worldstride.open(tmp_path / name, engine=tiny_engine)
-
-
-@pytest.mark.parametrize("missing", ["engine", "history", "noise_seed", "controls", "tensor"])
-def test_an_incomplete_save_is_refused(saved: Path, tiny_engine: Engine, tmp_path: Path, missing: str):
-    header, tensors = read_save(saved)
-    if missing == "tensor":
-        del tensors["cameras"]
-    else:
-        del header[missing]
-    write_save(tmp_path / "b.world", header, tensors)
-    with pytest.raises(SaveFileError, match="no complete session"):
-        worldstride.open(tmp_path / "b.world", engine=tiny_engine)
-
-
-def test_a_save_is_never_continued_by_something_else(saved: Path, tiny_engine: Engine, joint: Engine):
-    source = EngineSource("courtyard", None, "random", "0123456789abcdef")
-    with pytest.raises(SaveFileError, match=r"saved with other weights of 'courtyard' \(SHA-256 tiny.*0123456789ab"):
-        worldstride.open(saved, engine=Engine(tiny_engine.model, source, Acceleration()))
-    with pytest.raises(SaveFileError, match="a world of model 'courtyard'; the engine runs 'joint'"):
-        worldstride.open(saved, engine=joint)
-
-
-def test_a_save_of_another_size_is_refused(saved: Path, full_engine: Engine):
-    source = EngineSource("courtyard", None, "random", "tiny")
-    with pytest.raises(SaveFileError, match=r"holds latents of shape \[4, 432\]"):
-        worldstride.open(saved, engine=Engine(full_engine.model, source, Acceleration()))
-
-
-def test_unknown_words_are_answered():
-    with pytest.raises(InputError, match=r"unknown model 'courtyrd' .did you mean 'courtyard'"):
-        worldstride.load("courtyrd")
-    with pytest.raises(InputError, match="weights must be 'pretrained' or 'random', got 'none'"):
-        worldstride.load("courtyard", weights="none")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="unknown device 'toaster'"):
-        worldstride.load("courtyard", weights="random", device="toaster")
-    with pytest.raises(InputError, match="unknown acceleration 'warp'; presets: off, "):
-        worldstride.load("courtyard", weights="random", acceleration="warp")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where none is")
-def test_a_missing_gpu_is_named():
-    with pytest.raises(InputError, match="sees no CUDA GPU"):
-        worldstride.load("courtyard", weights="random", device="cuda")
-
-
-def test_acceleration_from_a_file(tiny_engine: Engine, tmp_path: Path):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"steps": 3, "memory": 0}))
-    session = tiny_engine.new(seed=1)
-    session.acceleration = path
-    assert session.acceleration == Acceleration("mine", steps=3, memory=0)
-    assert len(session.step().report.evaluations) == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"step": 3}', r"mine.json: unknown setting 'step'; known: name, steps"),
-        ("[1]", "must be a JSON object"),
-        ("{", "cannot read acceleration settings"),
-        ('{"steps": 0}', "acceleration.steps must be an integer of at least 1, got 0"),
-        ('{"steps": true}', "acceleration.steps must be an integer"),
-        ('{"window": 1.5}', "acceleration.window must be an integer"),
-        ('{"shift": -1}', "acceleration.shift must be a positive number"),
-        ('{"shift": "2"}', "acceleration.shift must be a positive number"),
-    ],
-)
-def test_bad_settings_are_refused(tiny_engine: Engine, tmp_path: Path, text: str, message: str):
-    path = tmp_path / "mine.json"
-    path.write_text(text)
-    session = tiny_engine.new(seed=1)
-    with pytest.raises(InputError, match=message):
-        session.acceleration = path
-    assert session.acceleration == Acceleration()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory, tiny_config: CourtyardConfig) -> Path:
-    path = tmp_path_factory.mktemp("weights") / FILE
-    tensors = {k: v.half().contiguous() for k, v in random_network(tiny_config).state_dict().items()}
-    save_file(tensors, path, {"format": "worldstride-courtyard", "config": json.dumps(vars(tiny_config))})
-    return path
-
-
-def test_weights_from_a_file_or_its_folder(weights: Path, tmp_path: Path):
-    engines = [worldstride.load("courtyard", path, device="cpu") for path in (weights, weights.parent)]
-    assert len({e.source.fingerprint for e in engines}) == 1
-    assert len(engines[0].source.fingerprint) == 64
-    session = engines[0].new(seed=3)
-    session.save(tmp_path / "a.world")
-    assert same(session.step(FORWARD), worldstride.open(tmp_path / "a.world").step(FORWARD))
-
-
-def _damaged(weights: Path, folder: Path) -> Iterator[tuple[str, str]]:
-    """Paths of bad checkpoints with what their errors say."""
-    yield "missing.safetensors", "cannot read weights"
-    (folder / "cut").write_bytes(weights.read_bytes()[:5000])
-    yield "cut", "is no valid courtyard weights file"
-    (folder / "text").write_text("these are no weights")
-    yield "text", "is no valid courtyard weights file"
-    save_file({"x": torch.zeros(2)}, folder / "foreign")
-    yield "foreign", "format is None, not 'worldstride-courtyard'"
-    config = json.dumps(vars(CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6)))
-    for name, metadata, text in (
-        ("unconfigured", {}, "no valid courtyard weights file"),
-        ("misconfigured", {"config": json.dumps({"size": 25})}, "size must be a multiple of patch_height"),
-        ("unknown", {"config": json.dumps({"sizes": 24})}, "sizes"),
-        ("untyped", {"config": json.dumps({"depth": "two"})}, "depth must be an integer of at least 1, got 'two'"),
-        ("shapes", {"config": config}, r"\d+ tensors do not fit its configuration; first '.*': expected .* found"),
-    ):
-        save_file({"place": torch.zeros(3, 64)}, folder / name, {"format": "worldstride-courtyard", **metadata})
-        yield name, text
-
-
-def test_bad_checkpoints_are_named(weights: Path, tmp_path: Path):
-    for name, text in _damaged(weights, tmp_path):
-        with pytest.raises(CheckpointError, match=text):
-            worldstride.load("courtyard", tmp_path / name, device="cpu")

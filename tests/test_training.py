@@ -19,7 +19,7 @@ from torch import Tensor
 import worldstride
 from worldstride import Action
 from worldstride.models.courtyard.config import CourtyardConfig
-from worldstride.models.courtyard.weights import random_network
+from worldstride.models.courtyard.weights import random_network, read_network
 
 FOLDER = Path(__file__).parents[1] / "training" / "courtyard"
 SMALL = CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6, memory=3, window=2, sink=1)
@@ -54,6 +54,7 @@ def test_a_smoke_run_writes_weights_that_load_and_play(smoke: Path):
     facts = json.loads((smoke / "training.json").read_text())
     assert facts["step"] == 6
     assert facts["contexts"] == 12
+    assert facts["commit"] is None or len(facts["commit"]) >= 7
     engine = worldstride.load("courtyard", smoke / "weights.safetensors", device="cpu")
     chunk = engine.new(seed=1).step(Action(frozenset({"KeyW"})))
     assert chunk.frames.shape == (4, 24, 24, 3)
@@ -126,6 +127,48 @@ def test_states_are_split_below_the_limit_and_come_back(training: SimpleNamespac
     assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors.items())
 
 
+def test_a_crash_while_saving_leaves_the_old_state(
+    training: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def saved(step: int, value: float) -> None:
+        tensors = {f"t{i}": torch.full((1024, 2048), value) for i in range(2)}  # 8 MiB each
+        training.checkpoint.save_state(tmp_path, tensors, {"step": step})
+
+    def loaded() -> tuple[object, set[float]]:
+        tensors, facts = training.checkpoint.load_state(tmp_path)
+        return facts["step"], {float(t.mean()) for t in tensors.values()}
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    saved(5, 1.0)
+    for step in (5, 6):  # also a step that was saved before
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training.checkpoint, "write_json", crash)
+            saved(step, 2.0)
+        assert loaded() == (5, {1.0})
+    for value in (3.0, 4.0):
+        saved(5, value)
+        assert loaded() == (5, {value})
+        assert len(list(tmp_path.iterdir())) == 3  # what state.json does not list is gone
+    saved(6, 5.0)
+    assert loaded() == (6, {5.0})
+    names = ["state-6-0.safetensors", "state-6-1.safetensors", "state.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_run_starts_from_weights_of_its_own_configuration_only(
+    training: SimpleNamespace, smoke: Path, tmp_path: Path
+):
+    trainer = miniature(training, start=smoke / "weights.safetensors")
+    trained, _ = read_network(smoke / "weights.safetensors")
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in trainer.network.state_dict().items())
+    assert all(p.requires_grad for p in trainer.network.parameters())
+    training.checkpoint.save_weights(tmp_path / "w.safetensors", random_network(SMALL), SMALL, {})
+    with pytest.raises(ValueError, match="the run is for"):
+        miniature(training, start=tmp_path / "w.safetensors")
+
+
 def test_matrices_of_the_blocks_go_to_muon(training: SimpleNamespace):
     network = random_network(SMALL).requires_grad_(True)
     adam, muon = training.optimizer.Optimizer(network, 0.02, 0.002).parts
@@ -162,6 +205,15 @@ def test_the_optimisers_state_round_trips_in_half_the_bytes(training: SimpleName
 def pool(training: SimpleNamespace, seed: int = 0, frames: int = 40):
     generator = torch.Generator().manual_seed(seed)
     return training.data.Pool("courtyard", 2, 1, SMALL, generator, frames=frames)
+
+
+@pytest.mark.parametrize(
+    ("size", "fresh", "words"),
+    [(64, 24, "a multiple of that, got 24"), (8, 16, "at least the 16 fresh worlds, got a size of 8"), (8, 0, "got 0")],
+)
+def test_pools_refuse_numbers_that_do_not_fit(training: SimpleNamespace, size: int, fresh: int, words: str):
+    with pytest.raises(ValueError, match=words):
+        training.data.Pool("plain", size, fresh, SMALL, torch.Generator())  # 16 plain worlds are rendered at once
 
 
 @pytest.mark.parametrize("random_memory", [0.0, 1.0])

@@ -1,6 +1,7 @@
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from worldstride import video
-from worldstride.atomic import atomic_write
 from worldstride.errors import InputError, MissingDependencyError
 from worldstride.video import VideoWriter, read_video
 
@@ -149,16 +149,52 @@ def test_reading_what_is_no_video(tmp_path: Path):
         read_video(tmp_path / "a.mp4")
 
 
-def test_atomic_write_replaces_or_leaves_alone(tmp_path: Path):
-    path = tmp_path / "a.txt"
-    with atomic_write(path) as temporary:
-        assert temporary.parent == tmp_path
-        temporary.write_text("one")
-        assert not path.exists()
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
-        temporary.write_text("two")
-        raise KeyboardInterrupt
-    assert path.read_text() == "one"
-    assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="folder"), atomic_write(tmp_path):
-        pass
+@pytest.mark.parametrize(
+    ("name", "fps", "scale", "words"),
+    [("a.gif", 10, 1, r"\.mp4, \.mkv, \.mov"), ("a.mp4", 0, 1, "fps"), ("a.mp4", 10, 0, "scale")],
+)
+def test_checking_before_the_work(name: str, fps: int, scale: int, words: str):
+    with pytest.raises(InputError, match=words):
+        video.check_video(name, fps, scale)
+    video.check_video("nowhere/a.mp4", 10, 2)  # folders are for the writer to check
+
+
+def test_a_first_frame_that_fails_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    closed = []
+
+    class Watched:
+        def __init__(self, container: Any) -> None:
+            self._container = container
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._container, name)
+
+        def mux(self, _: object) -> None:
+            raise RuntimeError("no packet")
+
+        def close(self) -> None:
+            closed.append(True)
+            self._container.close()
+
+    open_real = VideoWriter._open
+    monkeypatch.setattr(VideoWriter, "_open", lambda self: Watched(open_real(self)))
+    with pytest.raises(RuntimeError, match="no packet"), VideoWriter(tmp_path / "a.mp4", 16, (32, 48)) as writer:
+        writer.write(clip(1))
+    assert closed == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_that_cannot_be_added_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(video, "_best_codec", lambda av: "no such codec")
+    with pytest.raises(ValueError, match="codec"), VideoWriter(tmp_path / "a.mp4", 16, (32, 48)) as writer:
+        writer.write(clip(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_vanishes_is_an_input_error(tmp_path: Path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    writer = VideoWriter(folder / "a.mp4", 16, (32, 48))
+    folder.rmdir()
+    with pytest.raises(InputError, match=r"cannot write .*a\.mp4: No such file.*; choose a folder"), writer:
+        writer.write(clip(1))

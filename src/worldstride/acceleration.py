@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,13 +30,12 @@ class Acceleration:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise InputError(f"acceleration.{name} must be an integer of at least {least}, got {value!r}")
-        if self.shift is not None and not (isinstance(self.shift, (int, float)) and self.shift > 0):
-            raise InputError(f"acceleration.shift must be a positive number, got {self.shift!r}")
-
-    @property
-    def approximate(self) -> bool:
-        """Whether anything differs from full compute."""
-        return any(getattr(self, f.name) is not None for f in fields(self) if f.name != "name")
+        shift = self.shift
+        number = isinstance(shift, (int, float)) and not isinstance(shift, bool)
+        if shift is not None and not (number and 0 < shift < math.inf):
+            raise InputError(f"acceleration.shift must be a positive number, got {shift!r}")
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"acceleration.name must be a text of at least one letter, got {self.name!r}")
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for reports and saves."""

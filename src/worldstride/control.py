@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from worldstride.errors import InputError
@@ -73,7 +73,7 @@ def _finite(value: object, name: str) -> float:
 class Action:
     """What a player does during one frame (or chunk). `InputError` on unknown keys or bad mouse values."""
 
-    keys: frozenset[str] = frozenset()
+    keys: Set[str] = frozenset()
     """Held keys as W3C `KeyboardEvent.code` names ("KeyW", "ArrowLeft"); any iterable of text is accepted."""
     mouse: tuple[float, float] = (0.0, 0.0)
     """Mouse travel in pixels: (dx to the right, dy downwards)."""

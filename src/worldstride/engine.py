@@ -36,6 +36,8 @@ class EngineSource:
     weights: Weights
     fingerprint: str
     """SHA-256 of the weights, so that a save is never continued with others."""
+    dtype: str = "float32"
+    """Precision that the model computes in."""
 
 
 class Engine:
@@ -103,7 +105,8 @@ class Engine:
         `prompt` holds encoded text states for models that take text. Raises `InputError` on a wrong frame size,
         on cameras that are not rigid, or when their numbers differ.
         """
-        pictures, poses = torch.as_tensor(frames), torch.as_tensor(cameras, dtype=torch.float32).cpu()
+        pictures = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
+        poses = torch.as_tensor(cameras, dtype=torch.float32).cpu()
         check_cameras(poses)
         if len(pictures) != len(poses) or not len(poses):
             raise InputError(
@@ -115,9 +118,12 @@ class Engine:
         self, frames: Tensor, cameras: Tensor, seed: int, noise_seed: int | None, prompt: dict[str, Tensor],
         points: Tensor | None, navigator: Navigator,
     ) -> Session:  # fmt: skip
-        latents = self.model.decoder.encode(frames[None])[0]
-        if points is None:
-            points = frustum_points(noises.stream(seed, _POINTS))
+        for name, number in (("seed", seed), ("noise_seed", noise_seed)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise InputError(f"{name} must be an integer, got {number!r}")
+        with torch.inference_mode():
+            latents = self.model.decoder.encode(frames[None])[0]
+        points = frustum_points(noises.stream(seed, _POINTS)) if points is None else _check_points(points)
         shape = self.model.chunk(0)
         if len(latents) < shape.clean:
             raise InputError(
@@ -133,14 +139,23 @@ class Engine:
         history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
         history.append(latents, cameras[per_latent], (None,) * len(latents))
         state = SessionState(
-            seed if noise_seed is None else noise_seed, points.float(), history, cameras[-1].clone(), frame=len(frames),
+            seed if noise_seed is None else noise_seed, points, history, cameras[-1].clone(), frame=len(frames),
             decoder=decoder, prompt=prompt,
         )  # fmt: skip
         return Session(self, state, navigator, self.acceleration)
 
 
-_POINTS, _WALK = 1, 2
-"""Streams of a session's seed."""
+_POINTS, _WALK = -1, -2
+"""Streams of a session's seed; those of noise are numbered by chunk, from 0."""
+
+
+def _check_points(points: Tensor) -> Tensor:
+    points = torch.as_tensor(points).float().cpu()
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+        raise InputError(f"points must have shape [P, 3] (u, v, depth), got {list(points.shape)}")
+    if not bool(points.isfinite().all()) or not bool((points[:, 2] > 0).all()):
+        raise InputError("points must be finite, with depths in metres above 0")
+    return points
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -149,10 +164,16 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device {str(device)!r} is not supported; use 'cpu', 'cuda' or 'cuda:1'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs, from 0"
+        )
     return chosen
 
 
@@ -182,6 +203,8 @@ def load(
         raise InputError(f"weights must be 'pretrained' or 'random', got {weights!r}")
     place, settings = pick_device(device), resolve(acceleration)
     entry = find(name)
-    model, fingerprint = entry.load(None if path is None else Path(path), weights, place, dtype or pick_dtype(place))
-    source = EngineSource(entry.name, None if path is None else str(path), cast(Weights, weights), fingerprint)
+    kind = dtype or pick_dtype(place)
+    model, fingerprint = entry.load(None if path is None else Path(path), weights, place, kind)
+    file = None if path is None else str(Path(path).resolve())  # a save may be opened from another folder
+    source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, str(kind).removeprefix("torch."))
     return Engine(model, source, settings)

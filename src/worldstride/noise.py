@@ -10,9 +10,13 @@ from torch import Tensor
 
 
 def stream(*key: int) -> torch.Generator:
-    """A CPU generator whose state depends on the key alone; different keys give unrelated streams."""
-    state = np.random.SeedSequence([k & (2**64 - 1) for k in key]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+    """A CPU generator whose state depends on the key alone, up to 64 bits of each number.
+
+    Keys of different lengths or numbers are hashed to different seeds. The generator takes 32 bits of seed, so two
+    keys meet by chance once in four thousand million.
+    """
+    words = [len(key), *(word for k in key for word in (k & 0xFFFFFFFF, k >> 32 & 0xFFFFFFFF))]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0]))
 
 
 def normal(shape: Sequence[int], *key: int) -> Tensor:

@@ -44,14 +44,22 @@ class ChunkShape:
     """First latents of the world that always stay."""
     clip: int = 1
     """Latents of a retrieved clip."""
+    last_frames: tuple[int, ...] | None = None
+    """For each new latent, the frame of the chunk whose camera it takes, where latents have uneven shares (13 frames
+    of 4 latents: 0, 4, 8, 12); None for the last frame of even shares."""
 
     def __post_init__(self) -> None:
         if self.new < 1 or self.frames < 1:
             raise InputError(f"a chunk needs at least one new latent and frame, got {self.new} and {self.frames}")
+        last = self.last_frames
+        if last is not None and (len(last) != self.new or not all(0 <= i < self.frames for i in last)):
+            raise InputError(f"last_frames must name {self.new} of {self.frames} frames, got {last}")
 
     @property
     def latent_frames(self) -> tuple[int, ...]:
-        """For each new latent, the frame of the chunk whose camera it takes: the last of its even share."""
+        """For each new latent, the frame of the chunk whose camera it takes."""
+        if self.last_frames is not None:
+            return self.last_frames
         return tuple(-(-(i + 1) * self.frames // self.new) - 1 for i in range(self.new))
 
 
@@ -69,6 +77,8 @@ class SamplerSpec:
     """Scale of classifier-free guidance; `prepare` then returns two branches, conditional first."""
 
     def __post_init__(self) -> None:
+        if self.solver not in ("euler", "unipc", "renoise"):
+            raise InputError(f"unknown solver {self.solver!r}; known: euler, unipc, renoise")
         s = self.sigmas
         if len(s) < 2 or s[-1] != 0 or any(a <= b for a, b in pairwise(s)) or s[0] > 1:
             raise InputError(f"sigmas must fall strictly from at most 1 to 0 with at least one step, got {s}")
@@ -79,7 +89,7 @@ class SamplerSpec:
         return len(self.sigmas) - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conditions:
     """What the coming chunk is conditioned on."""
 
@@ -98,7 +108,7 @@ class Conditions:
     clean: Tensor | None = None
     """Latents to re-impose [B, clean, ...], or None."""
     prompt: Mapping[str, Tensor] = field(default_factory=dict)
-    """Encoded prompt, as the model's `encode_prompt` made it; empty for models without text."""
+    """Text states that the caller encoded for this model; empty for models without text."""
 
 
 class Context(Protocol):
@@ -180,13 +190,15 @@ class WorldModel(Protocol):
         self,
         latents: Tensor,
         cameras: Tensor,
-        actions: Sequence[Action],
+        actions: Sequence[Action | None],
         positions: Tensor,
         kinds: Tensor,
         previous: Context | None,
         attend: Attend,
     ) -> Context:
         """Context of remembered latents [B, N, ...] with cameras [B, N, 4, 4], ranks [N] and kinds [N] (see `KINDS`).
+
+        `actions` holds what led to each latent, None where it was given or steered by cameras; it may be empty.
 
         `previous` is the last chunk's context, from which a model may keep what is still valid; None makes it all anew.
         """

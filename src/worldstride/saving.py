@@ -38,7 +38,7 @@ def save_session(
         tensors["intrinsics"] = state.intrinsics
     history = state.history
     header = {
-        "engine": {**asdict(engine.source), "dtype": _dtype_name(engine)},
+        "engine": asdict(engine.source),
         "controls": asdict(controls),
         "acceleration": acceleration.to_json(),
         "noise_seed": state.noise_seed,
@@ -60,12 +60,10 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
     """
     header, tensors = read_save(path)
     try:
-        facts = dict(header["engine"])
-        dtype = getattr(torch, facts.pop("dtype"))
-        source = EngineSource(**facts)
+        source = EngineSource(**header["engine"])
         controls = ControlSettings(**_tuples(header["controls"]))
         if engine is None:
-            engine = load(source.model, source.path, source.weights, device, dtype=dtype)
+            engine = load(source.model, source.path, source.weights, device, dtype=getattr(torch, source.dtype))
             engine.controls = controls
         if engine.source.model != source.model:
             raise SaveFileError(f"{path} is a world of model {source.model!r}; the engine runs {engine.source.model!r}")
@@ -73,6 +71,11 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
             raise SaveFileError(
                 f"{path} was saved with other weights of {source.model!r} (SHA-256 {source.fingerprint[:12]}...) than "
                 f"the loaded ones ({engine.source.fingerprint[:12]}...); load those to go on"
+            )
+        if engine.source.dtype != source.dtype:
+            raise SaveFileError(
+                f"{path} was made in {source.dtype}, the engine computes in {engine.source.dtype}; it would not go on "
+                "bit for bit"
             )
         state = _state(header, tensors, engine)
         found, expected = list(tensors["latents"].shape[1:]), list(engine.model.latent_shape)
@@ -122,10 +125,6 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
         intrinsics=tensors.get("intrinsics"),
         world=None if world is None else (str(world[0]), int(world[1])),
     )
-
-
-def _dtype_name(engine: Engine) -> str:
-    return str(getattr(engine.model, "dtype", torch.float32)).removeprefix("torch.")
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

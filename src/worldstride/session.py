@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from worldstride.engine import Engine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """What one step of a session gives."""
 
@@ -96,7 +96,6 @@ class Session:
         """The bank of finished latents; read only."""
         return self._state.history
 
-    @torch.inference_mode()
     def step(
         self,
         action: Action | Sequence[Action] | None = None,
@@ -110,11 +109,21 @@ class Session:
         camera goes; neither means standing still. `noise` [clean + new, ...] replaces the session's own. Raises
         `InputError` on bad input, and then the session is as it was.
         """
+        return self._step(action, cameras, noise, self._state.intrinsics)
+
+    @torch.inference_mode()
+    def _step(
+        self,
+        action: Action | Sequence[Action] | None,
+        cameras: np.ndarray | Tensor | None,
+        noise: Tensor | None,
+        own_intrinsics: Tensor | None,
+    ) -> Chunk:
         model, state, clock = self.engine.model, self._state, _Clock(self.engine.wait)
         shape = model.chunk(state.chunk)
         frame_cameras, actions = self._where(action, cameras, shape.frames)
         clock.lap("control")
-        intrinsics = model.intrinsics if state.intrinsics is None else state.intrinsics
+        intrinsics = model.intrinsics if own_intrinsics is None else own_intrinsics
         settings = self._acceleration
         context_plan, signals = select(
             state.history, shape, frame_cameras, state.points, intrinsics, settings.window, settings.memory
@@ -126,7 +135,7 @@ class Session:
         conditions = self._conditions(shape, frame_cameras, actions, intrinsics)
         inputs = model.prepare(conditions)
         start, fresh = self._noise(shape, noise)
-        latents, evaluations, plan = denoise(model, start, inputs, context, plan, attend, fresh, wait=self.engine.wait)
+        latents, evaluations, plan = denoise(model, start, inputs, context, plan, attend, fresh)
         kept = model.commit(latents, inputs[0])
         clock.lap("denoise")
         frames, decoder = model.decoder.decode(kept, state.decoder)
@@ -142,24 +151,27 @@ class Session:
         # one assignment: whatever interrupts a step, the session is the one before it or the one after it
         self._state = replace(
             state, history=history, decoder=decoder, camera=frame_cameras[-1].clone(), chunk=state.chunk + 1,
-            frame=state.frame + shape.frames,
+            frame=state.frame + shape.frames, intrinsics=own_intrinsics,
         )  # fmt: skip
         return Chunk(pictures, frame_cameras.numpy().copy(), report)
 
     def play(self, trajectory: Trajectory) -> Iterator[Chunk]:
-        """Step along a trajectory; a last part shorter than a chunk is filled up by standing still."""
-        if trajectory.intrinsics is not None:
-            self._state.intrinsics = _one_intrinsics(trajectory.intrinsics)
-        done = 0
+        """Step along a trajectory; a last part shorter than a chunk is filled up by standing still.
+
+        A trajectory's intrinsics become the session's with its first chunk; a model that was made for others raises
+        `InputError`.
+        """
+        given = trajectory.intrinsics
+        intrinsics, done = self._state.intrinsics if given is None else _one_intrinsics(given), 0
         while done < len(trajectory):
             count = self.engine.model.chunk(self._state.chunk).frames
             if trajectory.cameras is not None:
                 part = trajectory.cameras[done : done + count]
                 missing = count - len(part)
-                yield self.step(cameras=torch.cat([part, part[-1:].expand(missing, -1, -1)]))
+                yield self._step(None, torch.cat([part, part[-1:].expand(missing, -1, -1)]), None, intrinsics)
             else:
                 moves = (trajectory.actions or ())[done : done + count]
-                yield self.step((*moves, *(Action(),) * (count - len(moves))))
+                yield self._step((*moves, *(Action(),) * (count - len(moves))), None, None, intrinsics)
             done += count
 
     def fork(self, noise_seed: int | None = None) -> Session:
@@ -193,7 +205,8 @@ class Session:
         model, history = self.engine.model, self._state.history
         positions, kinds = plan.tables(shape.clean)
         latents = history.latents(plan.rows, model.device, model.latent_shape)
-        actions = [a for i in plan.rows if (a := history.entries[i].action) is not None]
+        actions = [history.entries[i].action for i in plan.rows]
+        # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
         return model.encode_context(
             latents[None], history.cameras(plan.rows)[None], actions, positions, kinds, None, attend
         )

@@ -17,7 +17,7 @@ from worldstride.attention import attend
 from worldstride.camera import camera_from_pose
 from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, denoise
-from worldstride.errors import ContractError
+from worldstride.errors import ContractError, InputError
 from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, WorldModel
 
 _STEPS = 2
@@ -50,6 +50,7 @@ def check_model(
         with torch.inference_mode():
             _check_chunk(model, case, other)
     _check_decoder(model, chunks, seed)
+    _check_encoder(model, seed)
 
 
 def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
@@ -101,7 +102,9 @@ def _check_context(
         not torch.equal(first, changed), "other context cameras gave the same chunk: the context's cameras are ignored"
     )
     with _untouched(case.latents, case.cameras):
-        again = model.encode_context(case.latents, case.cameras, (), case.positions, case.kinds, context, attend)
+        again = model.encode_context(
+            case.latents, case.cameras, _actions(case), case.positions, case.kinds, context, attend
+        )
     _check(
         torch.equal(first, _denoise(model, case, inputs, again, case.noise)),
         "encoding the same context with `previous` given changed the chunk",
@@ -154,6 +157,33 @@ def _check_decoder(model: WorldModel, chunks: tuple[int, ...], seed: int) -> Non
     _check(close, "decoding chunk by chunk differs from decoding at once by more than one level")
 
 
+def _check_encoder(model: WorldModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        probe, _ = model.decoder.decode(torch.zeros(1, 1, *model.latent_shape, device=model.device), {})
+        height, width = probe.shape[2:4]
+        count = max(1, model.chunk(0).frames)
+        one, two = (torch.randint(256, (1, count, height, width, 3), generator=generator).byte() for _ in range(2))
+        with _untouched(one):
+            first = model.decoder.encode(one)
+        model.decoder.encode(two)
+        _check(
+            tuple(first.shape[2:]) == tuple(model.latent_shape) and first.shape[1] >= 1,
+            f"encode gave shape {list(first.shape)}, expected [1, T, {', '.join(map(str, model.latent_shape))}]",
+        )
+        _check(torch.equal(first, model.decoder.encode(one)), "encoding the same frames again gave other latents")
+        try:
+            model.decoder.encode(one[:, :, 1:])
+        except InputError:
+            return
+    raise ContractError(f"encode must raise InputError on frames of {height - 1} x {width}, one row short")
+
+
+def _actions(case: _Case) -> list[Action | None]:
+    """One entry a context latent; some were steered by actions, some were not."""
+    return [Action({"KeyW"}) if i % 2 else None for i in range(case.latents.shape[1])]
+
+
 def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], seed: int) -> _Case:
     shape = model.chunk(k)
     generator = torch.Generator().manual_seed(1000 * seed + k)
@@ -185,7 +215,9 @@ def _steered(case: _Case, other: _Case) -> Conditions:
 
 def _context(model: WorldModel, case: _Case) -> Context:
     with _untouched(case.latents, case.cameras):
-        return model.encode_context(case.latents, case.cameras, (), case.positions, case.kinds, None, attend)
+        return model.encode_context(
+            case.latents, case.cameras, _actions(case), case.positions, case.kinds, None, attend
+        )
 
 
 def _denoise(model: WorldModel, case: _Case, inputs: tuple[object, ...], context: Context, noise: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldstride.atomic import put_in_place, temporary_beside
+from worldstride.atomic import cannot_write, put_in_place, temporary_beside
 from worldstride.errors import InputError, MissingDependencyError
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
@@ -33,6 +33,23 @@ def _import_av() -> ModuleType:
 def _best_codec(av: ModuleType) -> str:
     """H.264 where this FFmpeg has an encoder for it, else MPEG-4 part 2, which every FFmpeg has."""
     return next((name for name in ("libx264", "libopenh264") if name in av.codecs_available), "mpeg4")
+
+
+def check_video(path: str | Path, fps: int | Fraction, scale: int = 1) -> None:
+    """Refuse what `VideoWriter` would refuse of these arguments, so that no work is lost to it.
+
+    Raises:
+        InputError: the name, the frames per second or the scale cannot be used.
+        MissingDependencyError: PyAV is not installed.
+    """
+    rate = Fraction(fps) if isinstance(fps, int | Fraction) else Fraction(0)
+    if not 0 < rate <= 1000 or rate.numerator > 65535 or rate.denominator > 65535:
+        raise InputError(f"fps must be an int or Fraction in (0, 1000], terms up to 65535, got {fps!r}")
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise InputError(f"cannot write {Path(path).name!r}: a video file ends in {', '.join(SUFFIXES)}")
+    if not isinstance(scale, int) or scale < 1:
+        raise InputError(f"scale must be a whole number of at least 1, got {scale!r}")
+    _import_av()
 
 
 class VideoWriter:
@@ -64,16 +81,10 @@ class VideoWriter:
         quality: int = 18,
         scale: int = 1,
     ) -> None:
-        self.path = Path(path)
-        self._rate = Fraction(fps) if isinstance(fps, int | Fraction) else Fraction(0)
-        if not 0 < self._rate <= 1000 or self._rate.numerator > 65535 or self._rate.denominator > 65535:
-            raise InputError(f"fps must be an int or Fraction in (0, 1000], terms up to 65535, got {fps!r}")
-        if self.path.suffix.lower() not in SUFFIXES:
-            raise InputError(f"cannot write {self.path.name!r}: a video file ends in {', '.join(SUFFIXES)}")
+        check_video(path, fps, scale)
+        self.path, self._rate = Path(path), Fraction(fps)
         if len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in size):
             raise InputError(f"size must be (height, width) in pixels, both at least 1, got {size!r}")
-        if not isinstance(scale, int) or scale < 1:
-            raise InputError(f"scale must be a whole number of at least 1, got {scale!r}")
         if not isinstance(quality, int) or not 0 <= quality <= 51:
             raise InputError(f"quality must be a whole number from 0 (best) to 51, got {quality!r}")
         self.size, self.quality, self.scale = (size[0], size[1]), quality, scale
@@ -125,22 +136,36 @@ class VideoWriter:
         height, width = (side * self.scale + side * self.scale % 2 for side in self.size)
         options = {"movflags": "+faststart"} if self.path.suffix.lower() != ".mkv" else {}
         container = self._av.open(str(self._temporary), "w", container_options=options)
+        try:
+            self._stream = self._add_stream(container, height, width)
+        except BaseException:
+            container.close()  # Windows removes no file that is still open
+            raise
+        return container
+
+    def _add_stream(self, container: Any, height: int, width: int) -> Any:
         codec = _best_codec(self._av)
         x264 = {"crf": str(self.quality), "preset": "fast"} if codec == "libx264" else {}
-        self._stream = container.add_stream(codec, rate=self._rate, options=x264)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        context = self._stream.codec_context
+        stream = container.add_stream(codec, rate=self._rate, options=x264)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
         context.time_base = 1 / self._rate
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         if not x264:  # these encoders know quantisers 1 to 31, not a rate factor
             context.qmin = context.qmax = 1 + self.quality * 30 // 51
-        return container
+        return stream
 
     def _encode(self, frames: np.ndarray) -> None:
         if not len(frames):
             return
-        if self._container is None:
-            self._container = self._open()
+        try:
+            if self._container is None:
+                self._container = self._open()
+            self._append(frames)
+        except OSError as error:  # a folder that cannot be written to, a full disk
+            raise cannot_write(self.path, error) from error
+
+    def _append(self, frames: np.ndarray) -> None:
         for picture in frames:
             picture = picture.repeat(self.scale, 0).repeat(self.scale, 1)
             odd = [(0, side % 2) for side in picture.shape[:2]]
@@ -153,12 +178,16 @@ class VideoWriter:
 
     def _finish(self) -> None:
         try:
-            if self._written:
-                try:
+            try:
+                if self._written:
                     self._container.mux(self._stream.encode())
-                finally:
+            finally:
+                if self._container is not None:  # also after a first frame that failed: open files stay on Windows
                     self._container.close()
+            if self._written:
                 put_in_place(self._temporary, self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         finally:  # only an unfinished or empty file still lies there
             with contextlib.suppress(OSError):
                 self._temporary.unlink()

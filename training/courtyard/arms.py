@@ -1,4 +1,4 @@
-"""Short runs of variants of the model, one a GPU, side by side: which camera code, width, sink, refinement to keep.
+"""Short runs of variants of the model, one a GPU at a time: which camera code, width, sink, refinement to keep.
 
 `python training/courtyard/arms.py --out OUT --minutes 3` starts one `train.py` a variant and writes `OUT/arms.json`.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from jobs import Job, run_jobs
+from origin import commit
+
+from worldstride.bench.results import write_json
 
 ARMS: dict[str, tuple[str, ...]] = {
     "ray": ("--model.camera", "ray"),
@@ -43,10 +45,10 @@ def main() -> None:
     """Command line."""
     s = tyro.cli(Settings, description=__doc__)
     script = Path(__file__).with_name("train.py")
-    gpus = max(1, torch.cuda.device_count())
-    running = []
+    jobs: list[Job] = []
+    folders: dict[str, Path] = {}
     for i, (name, extra) in enumerate(ARMS.items()):
-        out = s.out / f"arm{i}"
+        out = folders[name] = s.out / f"arm{i}"
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(script), "--out", str(out), "--minutes", str(s.minutes), "--batch", str(s.batch)]
         command += ["--quick", "2", "--plain-pool", "3072", "--courtyard-pool", "640", *extra]
@@ -54,25 +56,29 @@ def main() -> None:
             command += ["--compile-cache", str(s.compile_cache)]
         if s.smoke:
             command += ["--smoke"]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(i % gpus)}
-        log = (out / "log.txt").open("w")
-        running.append((name, out, extra, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
-    results = []
-    for name, out, extra, process in running:
-        code = process.wait()
+        jobs.append(Job(name, tuple(command), out / "log.txt"))
+    codes = run_jobs(jobs)
+    missing = [name for name, code in codes.items() if code]
+    results: list[dict[str, object]] = []
+    for name, out in folders.items():
         last = (out / "log.txt").read_text().splitlines()[-3:]
-        print(name, "exit", code, *last, sep="\n  ", flush=True)
-        if code == 0:
+        print(name, "exit", codes[name], *last, sep="\n  ", flush=True)
+        if codes[name] == 0:
             facts = json.loads((out / "training.json").read_text())
-            results.append({"name": name, "arguments": list(extra), **facts})
+            results.append({"name": name, "arguments": list(ARMS[name]), **facts})
     summary = {
         "command": "python training/courtyard/arms.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
+        "commit": commit(),
+        "missing": missing,
         "arms": results,
     }
-    (s.out / "arms.json").write_text(json.dumps(summary, indent=1))
+    write_json(s.out / "arms.json", summary)
+    if missing:
+        print(f"failed: {', '.join(missing)}; see their log.txt", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

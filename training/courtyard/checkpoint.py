@@ -6,19 +6,24 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import safetensors.torch
 from torch import Tensor, nn
 
+from worldstride.atomic import atomic_write
+from worldstride.bench.results import write_json
 from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.weights import FORMAT
 
 SHARD = 15 * 2**20
 """Bytes of tensors in one file, with room for the header below 16 MiB."""
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
-    """Write tensors as shards `state-0.safetensors`, ... and facts as `state.json` (last: it vouches for the rest)."""
+    """Write tensors as shards `state-{step}-0.safetensors`, ... and facts, step among them, as `state.json`.
+
+    `state.json` names its shards and is replaced last; only then the older shards go. So the folder holds one
+    complete state at every moment, whenever the run is killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
@@ -29,33 +34,38 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, object
             used = 0
         shards[-1][name] = tensor.detach().cpu().contiguous()
         used += size
-    for i, shard in enumerate(shards):
-        save_file(shard, folder / f"state-{i}.safetensors")
-    (folder / "state.json").write_text(json.dumps({**facts, "shards": len(shards)}, indent=1))
+    stem, listed = f"state-{facts['step']}", folder / "state.json"
+    if listed.exists() and f"{stem}-0.safetensors" in json.loads(listed.read_text())["files"]:
+        stem += "-again"  # shards that state.json vouches for are never overwritten
+    files = [f"{stem}-{i}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(files, shards, strict=True):
+        with atomic_write(folder / name) as temporary:
+            temporary.write_bytes(safetensors.torch.save(shard))
+    write_json(listed, {**facts, "files": files})
+    for path in folder.glob("state-*.safetensors"):
+        if path.name not in files:
+            path.unlink()
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Undo `save_state`."""
     facts = json.loads((folder / "state.json").read_text())
     tensors: dict[str, Tensor] = {}
-    for i in range(int(facts["shards"])):
-        tensors |= load_file(folder / f"state-{i}.safetensors")
+    for name in facts["files"]:
+        tensors |= safetensors.torch.load((folder / name).read_bytes())
     return tensors, facts
 
 
 def save_weights(path: Path, network: nn.Module, config: CourtyardConfig, facts: dict[str, object]) -> None:
-    """One safetensors file in half precision; the configuration and where it came from are in its metadata."""
+    """One safetensors file in half precision; the configuration and where it came from are in its metadata.
+
+    `worldstride.models.courtyard.weights.read_network` reads it.
+    """
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in network.state_dict().items()}
-    metadata = {"format": "worldstride-courtyard", "config": json.dumps(asdict(config)), "training": json.dumps(facts)}
+    metadata = {"format": FORMAT, "config": json.dumps(asdict(config)), "training": json.dumps(facts)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata)
-
-
-def load_weights(path: Path) -> tuple[CourtyardConfig, dict[str, Tensor]]:
-    """Configuration and float32 tensors of a weights file."""
-    with safe_open(path, "pt") as file:
-        config = CourtyardConfig(**json.loads(file.metadata()["config"]))
-    return config, {k: v.float() for k, v in load_file(path).items()}
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def flat_state(network: nn.Module, average: nn.Module, moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,8 +78,3 @@ def flat_state(network: nn.Module, average: nn.Module, moments: dict[str, Tensor
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors of one part of `flat_state`, in float32."""
     return {k.removeprefix(f"{name}."): v.float() for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-
-def size(tensors: dict[str, Tensor]) -> int:
-    """Bytes of all tensors."""
-    return sum(t.numel() * torch.tensor([], dtype=t.dtype).element_size() for t in tensors.values())

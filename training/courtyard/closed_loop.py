@@ -10,6 +10,7 @@ from heldout import Memory, Retriever, Walks, predict, shoot
 from torch import Tensor
 
 from worldstride import worlds
+from worldstride.bench.walks import pixel_classes
 from worldstride.context import retrieval
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
@@ -22,7 +23,7 @@ def roll(
     """Patches uint8 [N, frames, n, values]: the first `given` are true, every other one is the model's own."""
     config, device = model.config, walks.pose.device
     count = len(walks.pose)
-    rows, retriever = torch.arange(count, device=device), Retriever(config, device)
+    rows, retriever = torch.arange(count, device=device), Retriever(device)
     out = walks.patches[:, :frames].clone()
     random = torch.Generator().manual_seed(5)
     for at in range(given, frames - config.chunk + 1, config.chunk):
@@ -37,7 +38,7 @@ def roll(
             elif how == "oracle":
                 picks = _true_coverage(walks, at, window, memory, config)
             else:
-                picks = retriever.memory(coming, walks.cameras[:, :at], before, memory)
+                picks = retriever.memory(coming, walks.cameras[:, :at], before, memory, window)
             index = torch.cat([picks, index], 1)
         context, cameras = take(out, rows, index), take(walks.cameras, rows, index)
         kind = ContextKind(memory, window)
@@ -73,11 +74,7 @@ def seen_before(walks: Walks, given: int, frames: int, config: CourtyardConfig) 
             seen = worlds.covisible(*target, walks.pose[rows, :at], walks.time[rows, :at], mask)
             recent[rows, part], before[rows, part] = seen[:, window:].any(1), seen[:, :window].any(1)
             moving[rows, part] = worlds.moving_pixels(*target, mask)
-    small = {
-        "recent": recent & ~moving, "revisited": before & ~recent & ~moving,
-        "novel": ~before & ~recent & ~moving, "moving": moving,
-    }  # fmt: skip
-    return {k: v.repeat_interleave(2, -1).repeat_interleave(2, -2) for k, v in small.items()}
+    return pixel_classes(recent, before, moving)
 
 
 def look_away(scene: worlds.Scene, spot: Tensor, heading: Tensor, config: CourtyardConfig) -> Walks:

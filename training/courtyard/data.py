@@ -84,8 +84,16 @@ class Pool:
     ) -> None:
         self._sample, self._walk, default = FAMILIES[family]
         self.family, self.frames, self.config, self.fresh = family, frames or default, config, fresh
-        self._generator, self._trace, self._at_once, self._next = generator, trace, at_once, 0
+        self._generator, self._trace, self._next = generator, trace, 0
         self.device = generator.device
+        self._block = min(fresh, max(1, at_once * 64 // self.frames))  # worlds in one call, always as many
+        if fresh < 1 or fresh % self._block:
+            raise ValueError(
+                f"{family}: fresh worlds are rendered {max(1, self._block)} at once, so their number must be a "
+                f"multiple of that, got {fresh}"
+            )
+        if size < fresh:
+            raise ValueError(f"{family}: the pool must hold at least the {fresh} fresh worlds, got a size of {size}")
         size -= size % fresh
         shape = (size, self.frames, config.tokens, config.values)
         self.patches = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -104,7 +112,7 @@ class Pool:
         scene = self._sample(self.fresh, self.device, self._generator)
         pose = self._walk(scene, self.frames, self._generator)
         self.cameras[at : at + self.fresh] = camera.camera_from_pose(pose)
-        block = min(self.fresh, max(1, self._at_once * 64 // self.frames))  # worlds in one call, always as many
+        block = self._block
         time = torch.arange(self.frames, device=self.device, dtype=torch.float32).expand(block, -1)
         for i in range(0, self.fresh, block):
             image = worlds.render(scene[i : i + block], pose[i : i + block], time, self.config.size, trace=self._trace)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,12 +20,16 @@ from pathlib import Path
 import torch
 import tyro
 from closed_loop import LOOK_GIVEN, LOOK_HOME, LOOK_OUT, look_away, mirrored, retrace, roll, seen_before
-from heldout import FIRST_SEED, HeldOut, Walks, images, sample, shoot
+from heldout import HeldOut, Walks, images, sample, shoot
+from jobs import Job, run_jobs, visible_gpus
+from origin import commit
 from PIL import Image
 from torch import Tensor
 
 from worldstride import worlds
 from worldstride.bench import metrics
+from worldstride.bench.results import write_json
+from worldstride.bench.walks import FIRST_SEED
 from worldstride.engine import pick_dtype
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.weights import read_network, shipped
@@ -265,13 +267,14 @@ class Evaluation:
             "device": gpu,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "commit": commit(),
             "weights_sha256": self.fingerprint,
             "dtype": str(self.model.dtype),
             "seconds": time.perf_counter() - self.begin,
             "rows": self.rows,
         }
         self.s.out.mkdir(parents=True, exist_ok=True)
-        (self.s.out / f"evaluation-{self.s.part}.json").write_text(json.dumps(facts, indent=1))
+        write_json(self.s.out / f"evaluation-{self.s.part}.json", facts)
 
 
 PARTS: dict[str, Callable[[Evaluation], None]] = {
@@ -287,41 +290,38 @@ PARTS: dict[str, Callable[[Evaluation], None]] = {
 """Parts of the evaluation, each a process of its own where there are several GPUs; the longest first."""
 
 
-def spread(settings: Settings) -> None:
-    """Run every part in a process of its own, as many at once as there are GPUs, and merge what they wrote."""
-    gpus = max(1, torch.cuda.device_count())
-    waiting, running = list(PARTS), dict[int, subprocess.Popen[bytes]]()
-    while waiting or running:
-        for place in [p for p, process in running.items() if process.poll() is not None]:
-            if running.pop(place).returncode:
-                print("a part failed; see above", file=sys.stderr)
-        for place in (p for p in range(gpus * settings.at_once) if p not in running and waiting):
-            command = [sys.executable, __file__, *sys.argv[1:], "--part", waiting.pop(0)]
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus > 1 else None
-            running[place] = subprocess.Popen(command, env=environment)
-        time.sleep(0.2)
-    found = [settings.out / f"evaluation-{part}.json" for part in PARTS]
-    merged = [json.loads(path.read_text()) for path in found if path.exists()]
-    rows = {name: row for one in merged for name, row in one["rows"].items()}
-    command = "python training/courtyard/evaluate.py " + " ".join(sys.argv[1:])
+def spread(settings: Settings) -> int:
+    """Run every part in a process of its own, `at_once` a GPU, and merge what they wrote; 1 if a part is missing."""
+    files = {part: settings.out / f"evaluation-{part}.json" for part in PARTS}
+    for path in files.values():
+        path.unlink(missing_ok=True)  # an earlier run's parts are no part of this one
+    codes = run_jobs(
+        [Job(part, (sys.executable, __file__, *sys.argv[1:], "--part", part)) for part in PARTS], settings.at_once
+    )
+    missing = [part for part, path in files.items() if codes[part] or not path.exists()]
+    merged = [json.loads(path.read_text()) for part, path in files.items() if part not in missing]
     facts = {
-        **merged[0],
-        "command": command,
-        "gpus": gpus,
-        "seconds": max(one["seconds"] for one in merged),
-        "rows": rows,
+        **(merged[0] if merged else {"commit": commit()}),
+        "command": "python training/courtyard/evaluate.py " + " ".join(sys.argv[1:]),
+        "gpus": len(visible_gpus()),
+        "seconds": max((one["seconds"] for one in merged), default=0.0),
+        "missing": missing,
+        "rows": {name: row for one in merged for name, row in one["rows"].items()},
     }
-    (settings.out / "evaluation.json").write_text(json.dumps(facts, indent=1))
-    for path in found:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_json(settings.out / "evaluation.json", facts)
+    for path in files.values():
         path.unlink(missing_ok=True)
+    if missing:
+        print(f"failed: {', '.join(missing)}; see above", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def main() -> None:
     """Command line."""
     settings = tyro.cli(Settings, description=__doc__)
     if settings.part is None:
-        spread(settings)
-        return
+        raise SystemExit(spread(settings))
     evaluation = Evaluation(settings)
     with torch.no_grad():
         PARTS[settings.part](evaluation)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from worldstride import camera, worlds
 from worldstride.attention import attend
+from worldstride.bench.walks import FIRST_SEED, pixel_classes
 from worldstride.context import retrieval
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.models.courtyard.adapter import CourtyardModel
@@ -19,8 +20,6 @@ from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.model import patchify, unpatchify
 from worldstride.protocol import Conditions
 
-FIRST_SEED = 1_000_000
-"""Seeds of held-out worlds start here; training samples its worlds from generators on the device instead."""
 Memory = Literal["pose", "none", "random", "oracle"]
 
 
@@ -68,20 +67,19 @@ def sample(family: str, count: int, config: CourtyardConfig, device: torch.devic
 class Retriever:
     """Chooses context frames for a batch of walks as a session does."""
 
-    def __init__(self, config: CourtyardConfig, device: torch.device) -> None:
-        self._config = config
+    def __init__(self, device: torch.device) -> None:
         self._points = retrieval.frustum_points(torch.Generator().manual_seed(0)).to(device)
         self._intrinsics = camera.intrinsics_from_fov(worlds.FOV).to(device)
 
-    def memory(self, coming: Tensor, past: Tensor, before: Tensor, count: int) -> Tensor:
+    def memory(self, coming: Tensor, past: Tensor, before: Tensor, count: int, window: int) -> Tensor:
         """Indices [N, count], in order of time, among past [N, n, 4, 4] frames earlier than before [N].
 
-        The window's frames start at `before`; what they show need not be remembered.
+        The `window` frames from `before` on are recent ones; what they show need not be remembered.
         """
         weights = retrieval.coverage(coming[:, [0, -1]], past, self._points, self._intrinsics)
         valid = torch.arange(past.shape[1], device=past.device) < before[:, None]
-        window = before[:, None] + torch.arange(self._config.window, device=past.device)
-        shown = weights.gather(1, window[..., None].expand(-1, -1, weights.shape[-1]))
+        recent = before[:, None] + torch.arange(window, device=past.device)
+        shown = weights.gather(1, recent[..., None].expand(-1, -1, weights.shape[-1]))
         return retrieval.greedy(retrieval.unseen(weights, shown), valid, count).sort(1).values
 
 
@@ -145,41 +143,43 @@ class HeldOut:
             arguments = (walks.scene[part], pose, time)
             seen[part] = worlds.covisible(*arguments, walks.pose[part], walks.time[part], mask, trace or worlds.trace)
             moving.append(worlds.moving_pixels(*arguments, mask, trace or worlds.trace))
-        self.moving = torch.cat(moving)
-        ids, start = torch.arange(n, device=device), self.start[:, None]
-        window = (ids < start) & (ids >= start - config.window)
-        older = ids < start - config.window
-        self.recent = (seen & window[..., None, None, None]).any(1)
+        self.moving, self._seen = torch.cat(moving), seen
+        recent, older = self._recent_and_older(config.window)
+        self.recent = (seen & recent[..., None, None, None]).any(1)
         self.before = (seen & older[..., None, None, None]).any(1)
-        self.older, self._covers = older, (seen & older[..., None, None, None]).flatten(2)
-        self.retriever = Retriever(config, device)
+        self.retriever = Retriever(device)
+
+    def _recent_and_older(self, window: int) -> tuple[Tensor, Tensor]:
+        """Which frames are in a window of so many frames, and which before it: bool [N, n] each."""
+        ids, start = torch.arange(self.walks.pose.shape[1], device=self.rows.device), self.start[:, None]
+        return (ids < start) & (ids >= start - window), ids < start - window
 
     def masks(self) -> dict[str, Tensor]:
         """Pixel classes [N, C, H, W] of static surfaces, and of moving ones apart."""
-        still = ~self.moving
-        small = {
-            "recent": self.recent & still, "revisited": self.before & ~self.recent & still,
-            "novel": ~self.before & ~self.recent & still, "moving": self.moving,
-        }  # fmt: skip
-        return {k: v.repeat_interleave(2, -1).repeat_interleave(2, -2) for k, v in small.items()}
+        return pixel_classes(self.recent, self.before, self.moving)
 
     def frame_classes(self) -> dict[str, Tensor]:
         """Classes of whole frames [N, C]: revisit (under 60 % of pixels in the window, at least 90 % seen at all)."""
         recent, known = self.recent.float().mean((2, 3)), (self.recent | self.before).float().mean((2, 3))
         return {"revisit": (recent < 0.6) & (known >= 0.9), "recent": recent >= 0.9, "novel": known < 0.7}
 
-    def memory(self, how: Memory, count: int) -> Tensor:
-        """Memory frames [N, count] chosen by pose, at random, or by what each frame truly shows of the target."""
+    def memory(self, how: Memory, count: int, window: int) -> Tensor:
+        """Memory frames [N, count] chosen by pose, at random, or by what each frame truly shows of the target.
+
+        As in a session, all frames before the `window` recent ones may be chosen, for what those do not show.
+        """
         if how == "none" or count == 0:
             return torch.empty(len(self.rows), 0, dtype=torch.long, device=self.rows.device)
-        before = self.start - self.config.window
+        before = self.start - window
         if how == "random":
             pick = torch.rand(len(self.rows), count, generator=torch.Generator().manual_seed(3)).to(before.device)
             return (pick * before[:, None]).long().sort(1).values
         if how == "oracle":
-            wanted = (~self.recent).flatten(1)[:, None]  # the window shows the rest
-            return retrieval.greedy((self._covers & wanted).float(), self.older, count).sort(1).values
-        return self.retriever.memory(self.cameras, self.walks.cameras, before, count)
+            recent, older = self._recent_and_older(window)
+            wanted = ~(self._seen & recent[..., None, None, None]).any(1, keepdim=True)  # the window shows the rest
+            covers = (self._seen & older[..., None, None, None] & wanted).flatten(2)
+            return retrieval.greedy(covers.float(), older, count).sort(1).values
+        return self.retriever.memory(self.cameras, self.walks.cameras, before, count, window)
 
     def run(
         self, model: CourtyardModel, how: Memory = "pose", steps: int = 8, seed: int = 1, shift: float | None = None,
@@ -187,7 +187,7 @@ class HeldOut:
     ) -> Tensor:  # fmt: skip
         """Predicted images [N, C, 3, H, W] in [0, 1]."""
         window = self.config.window if window is None else window
-        memory = self.memory(how, self.config.memory if count is None else count)
+        memory = self.memory(how, self.config.memory if count is None else count, window)
         recent = self.start[:, None] - window + torch.arange(window, device=memory.device)
         index = torch.cat([memory, recent], 1)
         kind = ContextKind(memory.shape[1], window)

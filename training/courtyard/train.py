@@ -7,112 +7,30 @@ levels are denoised against them. Everything is rendered while training; nothing
 
 from __future__ import annotations
 
-import json
 import lzma
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import tyro
-from checkpoint import flat_state, load_state, load_weights, part, save_state, save_weights
-from data import Batch, ContextKind, Pool
+from checkpoint import flat_state, load_state, part, save_state, save_weights
+from data import Batch, Pool
 from group import Group
 from optimizer import Optimizer
+from origin import commit
 from quick import Quick
+from settings import Settings, context_kinds
 from torch import Tensor
 
 from worldstride import worlds
+from worldstride.atomic import atomic_write
 from worldstride.attention import attend
-from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.bench.results import write_json
 from worldstride.models.courtyard.geometry import geometry
 from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a run; the defaults are those of the shipped weights."""
-
-    out: Path = Path("out/training")
-    """Where weights, state and log go."""
-    model: CourtyardConfig = field(default_factory=CourtyardConfig)
-    minutes: float = 14.0
-    """Length of the run after compilation; the learning rate follows it."""
-    steps: int = 1_000_000
-    """Most optimiser steps; whichever of the two ends first."""
-    batch: int = 96
-    """Contexts a GPU a step."""
-    targets: int = 3
-    """Target chunks against one context."""
-    matrix_rate: float = 0.02
-    """Muon's learning rate."""
-    rate: float = 2e-3
-    """AdamW's learning rate."""
-    decay: float = 0.6
-    """Share of the run over which the rates fall linearly to 1 %."""
-    average: float = 0.999
-    """Decay of the averaged weights."""
-    seam: float = 0.25
-    """Weight of the squared jump of the error across patch borders."""
-    plain_share: float = 0.55
-    """Share of steps on plain static courts; the rest on courts with rooms and moving things."""
-    plain_pool: int = 4096
-    """Plain worlds held a GPU (64 frames each)."""
-    courtyard_pool: int = 1024
-    """Full worlds held a GPU (256 frames each)."""
-    refresh_every: int = 12
-    """Steps between renderings of `refresh_plain` and `refresh_courtyard` new worlds."""
-    refresh_plain: int = 64
-    refresh_courtyard: int = 16
-    random_memory: float = 0.15
-    """Share of contexts whose memory is random frames."""
-    own_from: float = 0.4
-    """Point of the run from which contexts may hold the model's own predictions."""
-    own_share: float = 0.5
-    """Share of such contexts."""
-    own_every: int = 2
-    """Steps between two of which the samples are kept for later contexts; each costs one more evaluation."""
-    quick: int = 3
-    """Evaluations on held-out plain courts during the run."""
-    state_minutes: float = 5.0
-    """Minutes between saved states."""
-    start: Path | None = None
-    """Weights to start from, with fresh optimiser state; their configuration must be `model`."""
-    resume: Path | None = None
-    """Folder of a saved state to go on from."""
-    compile_cache: Path | None = None
-    """File of compiled kernels (xz) to start from; written to `out` at the end in any case."""
-    seed: int = 0
-    smoke: bool = False
-    """A few steps of a tiny model on the CPU, to see that everything runs."""
-    compile: bool = True
-
-    def for_smoke(self) -> Settings:
-        """The same run in miniature."""
-        tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=2)
-        return replace(
-            self,
-            model=tiny,
-            minutes=5,
-            steps=6 if self.steps > 100 else self.steps,
-            batch=2,
-            plain_pool=2,
-            courtyard_pool=1,
-            refresh_plain=1,
-            refresh_courtyard=1,
-            refresh_every=3,
-            quick=1,
-            compile=False,
-            own_from=0.0,
-        )
-
-
-def context_kinds(config: CourtyardConfig) -> list[ContextKind]:
-    """Contexts that training mixes: full ones most often, and fewer memory or recent frames, and none."""
-    full = ContextKind(config.memory, config.window, config.sink)
-    half_memory, half_window = replace(full, memory=config.memory // 2), replace(full, window=config.window // 2)
-    return [full] * 6 + [replace(full, memory=0), half_memory, half_window]
+from worldstride.models.courtyard.weights import read_network
 
 
 class Trainer:
@@ -174,10 +92,10 @@ class Trainer:
             torch.cuda.synchronize()
 
     def _start(self, file: Path) -> None:
-        config, tensors = load_weights(file)
-        if config != self.s.model:
-            raise ValueError(f"{file} holds weights of {config}, the run is for {self.s.model}")
-        self.network.load_state_dict(tensors)
+        network, _ = read_network(file)
+        if network.config != self.s.model:
+            raise ValueError(f"{file} holds weights of {network.config}, the run is for {self.s.model}")
+        self.network.load_state_dict(network.state_dict())
 
     def _resume(self, folder: Path) -> None:
         tensors, facts = load_state(folder)
@@ -339,15 +257,17 @@ class Trainer:
             "seconds": seconds,
             "device": name,
             "torch": torch.__version__,
+            "commit": commit(),
             "contexts": (self.step - first) * self.s.batch * self.group.size,
             "history": self.history,
         }
         self._save_state()
-        (self.s.out / "training.json").write_text(json.dumps(facts, indent=1))
+        write_json(self.s.out / "training.json", facts)
         if self.group.cuda and self.s.compile:
             artifacts = torch.compiler.save_cache_artifacts()
             if artifacts is not None:
-                (self.s.out / "compile_cache.xz").write_bytes(lzma.compress(artifacts[0], preset=1))
+                with atomic_write(self.s.out / "compile_cache.xz") as temporary:
+                    temporary.write_bytes(lzma.compress(artifacts[0], preset=1))
         self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
 
 

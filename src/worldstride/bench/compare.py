@@ -13,7 +13,7 @@ from torch import Tensor
 from worldstride.acceleration import Acceleration
 from worldstride.bench import metrics
 from worldstride.bench.rollout import summary
-from worldstride.bench.walks import CLASSES, HeldOutWorld, Walk, held_out_world
+from worldstride.bench.walks import CLASSES, FIRST_SEED, HeldOutWorld, Walk, held_out_world
 from worldstride.engine import Engine
 from worldstride.errors import InputError
 from worldstride.report import ChunkReport
@@ -21,8 +21,6 @@ from worldstride.session import Chunk
 
 NO_MEMORY = Acceleration("no memory", memory=0)
 """Full compute that forgets everything but the recent window: what memory is worth."""
-FIRST_SEED = 1_000_000
-"""Seeds of held-out worlds start here; no training uses them."""
 METRICS = ("psnr", "ssim", "sharpness", "seam")
 """Peak signal-to-noise ratio in dB, structural similarity, and the truth's detail and patch borders = 1."""
 

@@ -25,9 +25,9 @@ def environment(device: torch.device, command: str) -> dict[str, object]:
 
 
 def engine_facts(engine: Engine) -> dict[str, str | None]:
-    """Model, weights and number format as plain values for JSON."""
-    dtype = str(getattr(engine.model, "dtype", torch.float32)).removeprefix("torch.")
-    return {**asdict(engine.source), "dtype": dtype}
+    """Model, weights and number format as plain values for JSON; of a path only the name, which travels."""
+    path = engine.source.path
+    return {**asdict(engine.source), "path": None if path is None else Path(path).name}
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,8 @@ from worldstride import noise as noises
 from worldstride import worlds
 from worldstride.camera import camera_from_pose
 
+FIRST_SEED = 1_000_000
+"""Seeds of held-out worlds start here; training samples its worlds from generators on the device instead."""
 Walk = Literal["look away and back", "journey"]
 CLASSES = ("revisited", "recent", "novel", "moving")
 """Classes of pixels: on still surfaces, seen before but not in the recent window, seen in it, never seen; and on
@@ -81,13 +83,29 @@ def held_out_world(
     for count, window in zip(chunks, windows, strict=True):
         starts += [(begin, window)] * count
         begin += count
-    masks = _classes(scene, pose, time, given, torch.tensor(starts), size)
+    masks = _masks(scene, pose, time, given, torch.tensor(starts), size)
     return HeldOutWorld(seed, walk, given, pictures, camera_from_pose(pose)[0], masks)
 
 
-def _classes(
-    scene: worlds.Scene, pose: Tensor, time: Tensor, given: int, starts: Tensor, size: int
-) -> dict[str, Tensor]:
+def pixel_classes(recent: Tensor, before: Tensor, moving: Tensor) -> dict[str, Tensor]:
+    """Masks bool [..., H, W] of `CLASSES`, from what is known at half the resolution, bool [..., H/2, W/2].
+
+    Args:
+        recent: pixels whose surface some frame of the recent window shows.
+        before: pixels whose surface some older frame shows.
+        moving: pixels of surfaces that move.
+    """
+    still = ~moving
+    small = {
+        "revisited": before & ~recent & still,
+        "recent": recent & still,
+        "novel": ~before & ~recent & still,
+        "moving": moving,
+    }
+    return {name: m.repeat_interleave(2, -1).repeat_interleave(2, -2) for name, m in small.items()}
+
+
+def _masks(scene: worlds.Scene, pose: Tensor, time: Tensor, given: int, starts: Tensor, size: int) -> dict[str, Tensor]:
     """Exact co-visibility at half the resolution; starts [C, 2] = first frame of the chunk, its recent frames."""
     half, ids = size // 2, torch.arange(pose.shape[1])[:, None]
     parts = []
@@ -99,12 +117,4 @@ def _classes(
         older = (ids < begin - window)[..., None, None]
         parts.append(((seen & near).any(0), (seen & older).any(0)))
     recent, before = (torch.cat(p) for p in zip(*parts, strict=True))
-    moving = worlds.moving_pixels(scene, pose[:, given:], time[:, given:], half)[0]
-    still = ~moving
-    small = {
-        "revisited": before & ~recent & still,
-        "recent": recent & still,
-        "novel": ~before & ~recent & still,
-        "moving": moving,
-    }
-    return {name: m.repeat_interleave(2, -1).repeat_interleave(2, -2) for name, m in small.items()}
+    return pixel_classes(recent, before, worlds.moving_pixels(scene, pose[:, given:], time[:, given:], half)[0])

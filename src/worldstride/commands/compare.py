@@ -12,17 +12,17 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from worldstride.acceleration import resolve
-from worldstride.bench.compare import FIRST_SEED, NO_MEMORY, Comparison, compare
+from worldstride.bench.compare import NO_MEMORY, Comparison, compare
 from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.page import write_page
 from worldstride.bench.results import make_folder, plain, write_json
 from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE
 from worldstride.bench.sheet import contact_sheet, save_picture, side_by_side
-from worldstride.bench.walks import CLASSES
+from worldstride.bench.walks import CLASSES, FIRST_SEED
 from worldstride.commands.options import EngineOptions, Family, ModelName
 from worldstride.commands.table import table
 from worldstride.errors import MissingDependencyError
-from worldstride.video import VideoWriter
+from worldstride.video import VideoWriter, check_video
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Compare:
         settings = [resolve(name) for name in self.accelerations]
         if NO_MEMORY.name not in (s.name for s in settings):
             settings.append(NO_MEMORY)
+        no_video = self._check_video()
         make_folder(self.out)
         engine = self.engine.load(self.model)
         begin = time.perf_counter()
@@ -68,23 +69,32 @@ class Compare:
             "worlds": played.curves(),
             "seconds": time.perf_counter() - begin,
         }
-        page = self._write(facts, played)
+        page = self._write(facts, played, no_video)
         _print(facts)
         print(f"\npage: {page}")
         return 0
 
-    def _write(self, facts: Mapping[str, Any], played: Comparison) -> Path:
+    def _check_video(self) -> str:
+        """Why there will be no video, or nothing; raises what cannot be used before the work, not after it."""
+        try:
+            check_video(self._video, self.fps)
+        except MissingDependencyError as error:  # the numbers and the page are worth having without it
+            print(f"no video will be written: {error}")
+            return f"No video was written: {error}"
+        return ""
+
+    @property
+    def _video(self) -> Path:
+        return self.out / "compare.mp4"
+
+    def _write(self, facts: Mapping[str, Any], played: Comparison, no_video: str) -> Path:
         write_json(self.out / "compare.json", facts)
         sheet, page = self.out / "sheet.png", self.out / "index.html"
         save_picture(contact_sheet(played), sheet)
-        video, no_video = self.out / "compare.mp4", ""
-        try:
-            self._film(played, video)
-        except MissingDependencyError as error:
-            no_video = f"No video was written: {error}"
-            print(no_video)
+        if not no_video:
+            self._film(played, self._video)
         shown = plain(facts)
-        write_page(page, shown if isinstance(shown, dict) else {}, sheet, None if no_video else video, no_video)
+        write_page(page, shown if isinstance(shown, dict) else {}, sheet, None if no_video else self._video, no_video)
         return page
 
     def _film(self, played: Comparison, path: Path) -> None:

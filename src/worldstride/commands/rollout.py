@@ -25,7 +25,7 @@ from worldstride.report import ChunkReport
 from worldstride.saving import open_session
 from worldstride.session import Session
 from worldstride.trajectory import Trajectory, load_trajectory
-from worldstride.video import VideoWriter
+from worldstride.video import VideoWriter, check_video
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ class Rollout:
         """Play, write, and return 0, or 130 after Ctrl-C."""
         trajectory = load_trajectory(self.trajectory)
         report = self.report or (self.output.with_suffix(".json") if self.output else None)
-        if report is not None and report == self.output:
-            raise InputError(f"the video and its report cannot both be {report}; name another --report")
-        for path in (self.output, report, self.save):
-            if path is not None:
-                temporary_beside(path)  # refuses a missing folder before any work is done
+        self._check_files(report)
         session = self._session()
         given = _shown(session)
         reports: list[ChunkReport] = []
@@ -90,6 +86,23 @@ class Rollout:
         print(f"{'interrupted after ' if interrupts.asked else ''}{speed}{' -> ' + made if made else ''}")
         return 130 if interrupts.asked else 0
 
+    def _check_files(self, report: Path | None) -> None:
+        """Refuse, before any work is done, files that cannot be written or that would overwrite one another."""
+        if self.output is not None:
+            check_video(self.output, self.fps, self.scale)
+        taken = {} if self.source is None else {self.source.resolve(): "world to go on from"}
+        for name, path in (("video", self.output), ("report", report), ("saved world", self.save)):
+            if path is None:
+                continue
+            temporary_beside(path)  # refuses a missing folder
+            if path.is_file() and path.resolve() == Path(self.trajectory).resolve():
+                raise InputError(f"the {name} would overwrite the trajectory {path}; give it another name")
+            if name == "saved world" and self.source is not None and path.resolve() == self.source.resolve():
+                continue  # a world may go on in its own file
+            other = taken.setdefault(path.resolve(), name)
+            if other != name:
+                raise InputError(f"the {other} and the {name} cannot both be {path}; give each a name of its own")
+
     def _session(self) -> Session:
         settings = self.acceleration or "off"
         if self.source is None:
@@ -97,6 +110,8 @@ class Rollout:
             return engine.new(self.seed or 0, self.noise_seed, self.family or "courtyard")
         if self.seed is not None or self.family is not None:
             raise InputError("a saved world knows its seed and family; leave out --seed and --family beside --from")
+        if self.engine.dtype is not None:
+            raise InputError(f"a saved world goes on in its own precision; leave out --dtype {self.engine.dtype}")
         asked = self.engine.path is not None or self.engine.weights == "random"
         session = open_session(self.source, self.engine.device, self.engine.load(self.model) if asked else None)
         if session.engine.source.model != self.model:

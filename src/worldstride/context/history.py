@@ -15,7 +15,7 @@ TURN_METRES = 1.0
 """Metres that weigh as much as a turn by one radian when the least telling frame is sought."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Remembered:
     """One finished latent."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from worldstride.attention import Attend
 from worldstride.denoising.solvers import Noise, make_solver
+from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.protocol import Context, Inputs, SamplerSpec, WorldModel
 
 
@@ -46,20 +46,21 @@ def denoise(
     attend: Attend,
     fresh: Noise,
     refine: Refine | None = None,
-    wait: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, tuple[Evaluation, ...], DenoisePlan]:
     """Turn noise [B, T, ...] into clean latents.
 
-    `inputs` holds one value for each guidance branch, `fresh(i)` gives noise for re-noising solvers, `wait` is
-    called before a clock is read. Returns the latents, what was evaluated, and the plan as refined.
+    `inputs` holds one value for each guidance branch, `fresh(i)` gives noise for re-noising solvers.
+    Returns the latents, what was evaluated, and the plan as refined.
     """
+    if len(inputs) < (1 if plan.sampler.guidance is None else 2):
+        raise ValueError(f"guidance {plan.sampler.guidance} does not go with {len(inputs)} branches of inputs")
     spec = plan.sampler
     solver = make_solver(spec)
     x = model.clamp(noise.to(spec.storage), inputs[0])
-    done: list[Evaluation] = []
+    watch, done = Stopwatch(x.device), list[float]()
     i = 0
     while i < spec.steps:
-        begin, sigma = time.perf_counter(), spec.sigmas[i]
+        sigma = spec.sigmas[i]
         velocity, captured = _guided(model, x, sigma, inputs, context, attend, spec.guidance)
         if i == 0 and refine is not None:
             plan = refine(plan, x.float() - sigma * velocity, captured)
@@ -69,10 +70,11 @@ def denoise(
             spec = plan.sampler
             solver = make_solver(spec)
         x = model.clamp(solver.step(i, x.float(), velocity, fresh).to(spec.storage), inputs[0])
-        wait()
-        done.append(Evaluation(sigma, True, time.perf_counter() - begin))
+        watch.mark()
+        done.append(sigma)
         i += 1
-    return x, tuple(done), plan
+    evaluations = tuple(Evaluation(s, True, t) for s, t in zip(done, watch.seconds(), strict=True))
+    return x, evaluations, plan
 
 
 def _guided(

@@ -12,6 +12,7 @@ from worldstride import camera
 from worldstride.attention import Attend
 from worldstride.control import Action
 from worldstride.denoising.schedule import shifted_sigmas
+from worldstride.errors import InputError
 from worldstride.models.courtyard.codec import PatchCodec
 from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
@@ -23,7 +24,7 @@ SHIFTS = {1: 1.0, 2: 2.0, 4: 2.0}
 """Measured best schedule shifts for few steps; every other number of steps runs unshifted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CourtyardContext:
     """Keys and values of remembered frames, one pair a block."""
 
@@ -36,9 +37,9 @@ class CourtyardContext:
         return sum(t.numel() * t.element_size() for pair in self.keys_values for t in pair)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CourtyardInputs:
-    """Geometry of the coming frames, and the frames to re-impose (none in this model)."""
+    """What stays the same from step to step."""
 
     geometry: Geometry
 
@@ -70,7 +71,13 @@ class CourtyardModel:
         return SamplerSpec(shifted_sigmas(steps, SHIFTS.get(steps, 1.0) if shift is None else shift))
 
     def prepare(self, conditions: Conditions) -> tuple[CourtyardInputs, ...]:
-        """Rotary tables and camera features of the coming frames."""
+        """Rotary tables and camera features of the coming frames; `InputError` on another camera's intrinsics."""
+        given = conditions.intrinsics.to(self.intrinsics)
+        if given.shape != (3, 3) or not torch.allclose(given, self.intrinsics, atol=1e-2):
+            raise InputError(
+                "the courtyard model knows one camera, with normalised intrinsics "
+                f"{self.intrinsics.tolist()} (80 degrees across); got {given.tolist()}"
+            )
         cameras = conditions.cameras.to(self.device)
         ranks = conditions.positions.to(self.device).expand(cameras.shape[:2])
         return (CourtyardInputs(geometry(self.config, cameras, ranks, torch.zeros_like(ranks))),)
@@ -79,7 +86,7 @@ class CourtyardModel:
         self,
         latents: Tensor,
         cameras: Tensor,
-        actions: Sequence[Action],
+        actions: Sequence[Action | None],
         positions: Tensor,
         kinds: Tensor,
         previous: Context | None,

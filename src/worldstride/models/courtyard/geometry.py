@@ -43,7 +43,7 @@ _GRID = (0.1, 0.25, 0.5, 0.9, 1.5, 2.4)
 """Radians per patch, for projective attention alone, whose rotary half sees the image grid."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
     """What the network needs to know of the cameras of F frames with n tokens each."""
 

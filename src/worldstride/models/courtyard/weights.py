@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -11,6 +13,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
+from torch import Tensor
 
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.courtyard.adapter import CourtyardModel
@@ -36,14 +39,18 @@ def load_courtyard(
 ) -> tuple[CourtyardModel, str]:
     """Model and fingerprint: the shipped weights, another file of the same format, or seeded random ones."""
     if weights == "random":
-        return CourtyardModel(random_network(CourtyardConfig()).to(device, dtype).eval(), dtype), "random"
+        if path is not None:
+            raise InputError(f"random weights come from no file; leave out the path {str(path)!r}")
+        drawn = random_network(CourtyardConfig())
+        mark = fingerprint(drawn.config, drawn.state_dict())
+        return CourtyardModel(drawn.to(device, dtype).eval(), dtype), mark
     file = shipped() if path is None else path / FILE if path.is_dir() else path
-    network, fingerprint = read_network(file)
-    return CourtyardModel(network.to(device, dtype).eval(), dtype), fingerprint
+    network, mark = read_network(file)
+    return CourtyardModel(network.to(device, dtype).eval(), dtype), mark
 
 
 def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
-    """Network in float32 and SHA-256 of a weights file; `CheckpointError` says what does not fit."""
+    """Network in float32 and `fingerprint` of a weights file; `CheckpointError` says what does not fit."""
     try:
         data = file.read_bytes()
         with safe_open(file, "pt") as opened:
@@ -58,7 +65,8 @@ def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
         raise CheckpointError(f"cannot read weights from {file}: {error.strerror or error}") from error
     except (SafetensorError, KeyError, TypeError, InputError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} is no valid courtyard weights file: {error}") from error
-    network = CourtyardNetwork(config).requires_grad_(False)
+    with torch.device("meta"):  # no initial values: they would draw from the caller's random numbers
+        network = CourtyardNetwork(config).requires_grad_(False)
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
@@ -67,14 +75,23 @@ def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
             f"{file}: {len(wrong)} tensors do not fit its configuration; first {name!r}: expected "
             f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
         )
-    network.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return network, hashlib.sha256(data).hexdigest()
+    network.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
+    return network, fingerprint(config, tensors)
+
+
+def fingerprint(config: CourtyardConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of configuration and tensors; what else the file says of its origin does not count."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def random_network(config: CourtyardConfig, seed: int = 0) -> CourtyardNetwork:
     """Seeded random weights without zeroed layers, so that every part of the network takes part."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
         network = CourtyardNetwork(config).requires_grad_(False)
         for parameter in network.parameters():
             if parameter.dim() >= 2 and not bool(parameter.any()):

@@ -1,0 +1,115 @@
+"""Loading: names, devices, settings and weights files, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import worldstride
+from walking import FORWARD, same
+from worldstride import Acceleration, Engine
+from worldstride.errors import CheckpointError, InputError
+from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.weights import FILE, random_network
+
+
+def test_unknown_words_are_answered():
+    with pytest.raises(InputError, match=r"unknown model 'courtyrd' .did you mean 'courtyard'"):
+        worldstride.load("courtyrd")
+    with pytest.raises(InputError, match="weights must be 'pretrained' or 'random', got 'none'"):
+        worldstride.load("courtyard", weights="none")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unknown device 'toaster'"):
+        worldstride.load("courtyard", weights="random", device="toaster")
+    with pytest.raises(InputError, match="unknown acceleration 'warp'; presets: off, "):
+        worldstride.load("courtyard", weights="random", acceleration="warp")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where none is")
+def test_a_missing_gpu_is_named():
+    with pytest.raises(InputError, match="sees no CUDA GPU"):
+        worldstride.load("courtyard", weights="random", device="cuda")
+
+
+def test_acceleration_from_a_file(tiny_engine: Engine, tmp_path: Path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"steps": 3, "memory": 0}))
+    session = tiny_engine.new(seed=1)
+    session.acceleration = path
+    assert session.acceleration == Acceleration("mine", steps=3, memory=0)
+    assert len(session.step().report.evaluations) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 3}', r"mine.json: unknown setting 'step'; known: name, steps"),
+        ("[1]", "must be a JSON object"),
+        ("{", "cannot read acceleration settings"),
+        ('{"steps": 0}', "acceleration.steps must be an integer of at least 1, got 0"),
+        ('{"steps": true}', "acceleration.steps must be an integer"),
+        ('{"window": 1.5}', "acceleration.window must be an integer"),
+        ('{"shift": -1}', "acceleration.shift must be a positive number"),
+        ('{"shift": "2"}', "acceleration.shift must be a positive number"),
+    ],
+)
+def test_bad_settings_are_refused(tiny_engine: Engine, tmp_path: Path, text: str, message: str):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    session = tiny_engine.new(seed=1)
+    with pytest.raises(InputError, match=message):
+        session.acceleration = path
+    assert session.acceleration == Acceleration()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, tiny_config: CourtyardConfig) -> Path:
+    path = tmp_path_factory.mktemp("weights") / FILE
+    tensors = {k: v.half().contiguous() for k, v in random_network(tiny_config).state_dict().items()}
+    save_file(tensors, path, {"format": "worldstride-courtyard", "config": json.dumps(vars(tiny_config))})
+    return path
+
+
+def test_weights_from_a_file_or_its_folder(weights: Path, tmp_path: Path):
+    engines = [worldstride.load("courtyard", path, device="cpu") for path in (weights, weights.parent)]
+    assert len({e.source.fingerprint for e in engines}) == 1
+    assert len(engines[0].source.fingerprint) == 64
+    session = engines[0].new(seed=3)
+    session.save(tmp_path / "a.world")
+    assert same(session.step(FORWARD), worldstride.open(tmp_path / "a.world").step(FORWARD))
+
+
+def _damaged(weights: Path, folder: Path) -> Iterator[tuple[str, str]]:
+    """Paths of bad checkpoints with what their errors say."""
+    yield "missing.safetensors", "cannot read weights"
+    (folder / "cut").write_bytes(weights.read_bytes()[:5000])
+    yield "cut", "is no valid courtyard weights file"
+    (folder / "text").write_text("these are no weights")
+    yield "text", "is no valid courtyard weights file"
+    save_file({"x": torch.zeros(2)}, folder / "foreign")
+    yield "foreign", "format is None, not 'worldstride-courtyard'"
+    config = json.dumps(vars(CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6)))
+    for name, metadata, text in (
+        ("unconfigured", {}, "no valid courtyard weights file"),
+        ("misconfigured", {"config": json.dumps({"size": 25})}, "size must be a multiple of patch_height"),
+        ("unknown", {"config": json.dumps({"sizes": 24})}, "sizes"),
+        ("untyped", {"config": json.dumps({"depth": "two"})}, "depth must be an integer of at least 1, got 'two'"),
+        ("shapes", {"config": config}, r"\d+ tensors do not fit its configuration; first '.*': expected .* found"),
+    ):
+        save_file({"place": torch.zeros(3, 64)}, folder / name, {"format": "worldstride-courtyard", **metadata})
+        yield name, text
+
+
+def test_bad_checkpoints_are_named(weights: Path, tmp_path: Path):
+    for name, text in _damaged(weights, tmp_path):
+        with pytest.raises(CheckpointError, match=text):
+            worldstride.load("courtyard", tmp_path / name, device="cpu")
+
+
+def test_random_weights_take_no_path(weights: Path):
+    with pytest.raises(InputError, match="come from no file"):
+        worldstride.load("courtyard", path=weights, weights="random")
