@@ -35,7 +35,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, object
         shards[-1][name] = tensor.detach().cpu().contiguous()
         used += size
     stem, listed = f"state-{facts['step']}", folder / "state.json"
-    if listed.exists() and f"{stem}-0.safetensors" in json.loads(listed.read_text())["files"]:
+    if listed.exists() and f"{stem}-0.safetensors" in json.loads(listed.read_text()).get("files", []):
         stem += "-again"  # shards that state.json vouches for are never overwritten
     files = [f"{stem}-{i}.safetensors" for i in range(len(shards))]
     for name, shard in zip(files, shards, strict=True):

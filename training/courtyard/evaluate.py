@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 from closed_loop import LOOK_GIVEN, LOOK_HOME, LOOK_OUT, look_away, mirrored, retrace, roll, seen_before
-from heldout import HeldOut, Walks, images, sample, shoot
+from heldout import HeldOut, Memory, Walks, images, sample, shoot
 from jobs import Job, run_jobs, visible_gpus
 from origin import commit
 from PIL import Image
@@ -63,6 +63,10 @@ class Settings:
     """Few worlds and chunks, to see that everything runs."""
 
 
+RECALLED: tuple[Memory, ...] = ("pose", "random", "oracle")
+"""Ways of choosing memory whose share of the revisited pixels is measured."""
+
+
 class Evaluation:
     """Collects rows and prints them."""
 
@@ -78,6 +82,7 @@ class Evaluation:
     def record(self, name: str, row: Row) -> None:
         """Keep and print one row."""
         self.rows[name] = row
+        self.save()
         text = " ".join(
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if "_ci" not in k
         )
@@ -104,16 +109,20 @@ class Evaluation:
         patch = self.config.patch
         return metrics.mean(metrics.gradient(image, mask, patch)) / metrics.mean(metrics.gradient(truth, mask, patch))
 
-    def teacher_forced(self, family: str, count: int) -> HeldOut:
-        """One chunk a walk, by memory and by steps."""
-        held = HeldOut(sample(family, count, self.config, self.device), self.config)
+    def teacher_forced(self, family: str, count: int, revisits: int | None = None) -> HeldOut:
+        """One chunk a walk, by memory and by steps; with `revisits`, coming back in walks of so many frames."""
+        held = HeldOut(
+            sample(family, count, self.config, self.device, revisits), self.config, revisiting=revisits is not None
+        )
         masks, classes = held.masks(), held.frame_classes()
+        family = family if revisits is None else f"{family} coming back"
         self.record(
             f"{family}/shares",
             {
                 "worlds": count,
                 **{k: float(v.float().mean()) for k, v in masks.items()},
                 **{f"frames_{k}": int(v.sum()) for k, v in classes.items()},
+                **{f"recall_{how}": held.recall(how) for how in RECALLED},
             },
         )
         runs = [
@@ -283,6 +292,7 @@ PARTS: dict[str, Callable[[Evaluation], None]] = {
     "drift": lambda e: e.drifting(),
     "courtyard-returning": lambda e: e.returning("courtyard"),
     "courtyard": lambda e: e.more_schedules(e.teacher_forced("courtyard", e.s.courtyard), "courtyard"),
+    "courtyard-coming-back": lambda e: e.teacher_forced("courtyard", e.s.courtyard, 40 if e.s.smoke else 512),
     "plain": lambda e: e.more_schedules(e.teacher_forced("plain", e.s.plain), "plain"),
     "plain-returning": lambda e: e.returning("plain"),
     "corridor": lambda e: e.more_schedules(e.teacher_forced("corridor", e.s.courtyard), "corridor"),
@@ -322,10 +332,11 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     if settings.part is None:
         raise SystemExit(spread(settings))
+    if settings.part not in PARTS:
+        raise SystemExit(f"unknown part {settings.part!r}; parts: {', '.join(PARTS)}")
     evaluation = Evaluation(settings)
     with torch.no_grad():
         PARTS[settings.part](evaluation)
-    evaluation.save()
 
 
 if __name__ == "__main__":

@@ -71,6 +71,21 @@ class Retriever:
         self._points = retrieval.frustum_points(torch.Generator().manual_seed(0)).to(device)
         self._intrinsics = camera.intrinsics_from_fov(worlds.FOV).to(device)
 
+    def revisiting_start(self, walks: Walks, least: int, chunk: int, window: int, candidates: int = 24) -> Tensor:
+        """For each walk, the start [N] among `candidates` even ones whose view the past shows and the window does not.
+
+        Cameras alone decide, so the choice knows nothing of what the model will make of it.
+        """
+        n = walks.pose.shape[1]
+        starts = torch.linspace(least, n - chunk, candidates, device=walks.pose.device).long()
+        ids, scores = torch.arange(n, device=starts.device), []
+        for start in starts.tolist():
+            ends = walks.cameras[:, [start, start + chunk - 1]]
+            weights = retrieval.coverage(ends, walks.cameras, self._points, self._intrinsics)
+            recent = weights[:, (ids < start) & (ids >= start - window)].amax(1)
+            scores.append((weights[:, ids < start - window].amax(1) * (1 - recent)).mean(1))
+        return starts[torch.stack(scores, 1).argmax(1)]
+
     def memory(self, coming: Tensor, past: Tensor, before: Tensor, count: int, window: int) -> Tensor:
         """Indices [N, count], in order of time, among past [N, n, 4, 4] frames earlier than before [N].
 
@@ -120,17 +135,26 @@ def images(patches: Tensor, config: CourtyardConfig) -> Tensor:
 
 
 class HeldOut:
-    """One chunk of each held-out walk, teacher-forced, with its pixels' classes."""
+    """One chunk of each held-out walk, teacher-forced, with its pixels' classes.
+
+    The chunk is anywhere in the walk, or with `revisiting` where the camera comes back to what it saw long ago.
+    """
 
     def __init__(
-        self, walks: Walks, config: CourtyardConfig, trace: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self,
+        walks: Walks,
+        config: CourtyardConfig,
+        trace: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+        revisiting: bool = False,
     ) -> None:
         device, (count, n) = walks.pose.device, walks.pose.shape[:2]
         self.walks, self.config = walks, config
-        self.rows = torch.arange(count, device=device)
+        self.rows, self.retriever = torch.arange(count, device=device), Retriever(device)
         least = config.window + config.memory
         generator = torch.Generator().manual_seed(FIRST_SEED)
         self.start = torch.randint(least, n - config.chunk + 1, (count,), generator=generator).to(device)
+        if revisiting:
+            self.start = self.retriever.revisiting_start(walks, least, config.chunk, config.window)
         self.frames = self.start[:, None] + torch.arange(config.chunk, device=device)
         self.cameras = take(walks.cameras, self.rows, self.frames)
         self.truth = images(take(walks.patches, self.rows, self.frames), config)
@@ -147,7 +171,6 @@ class HeldOut:
         recent, older = self._recent_and_older(config.window)
         self.recent = (seen & recent[..., None, None, None]).any(1)
         self.before = (seen & older[..., None, None, None]).any(1)
-        self.retriever = Retriever(device)
 
     def _recent_and_older(self, window: int) -> tuple[Tensor, Tensor]:
         """Which frames are in a window of so many frames, and which before it: bool [N, n] each."""
@@ -180,6 +203,13 @@ class HeldOut:
             covers = (self._seen & older[..., None, None, None] & wanted).flatten(2)
             return retrieval.greedy(covers.float(), older, count).sort(1).values
         return self.retriever.memory(self.cameras, self.walks.cameras, before, count, window)
+
+    def recall(self, how: Memory) -> float:
+        """Share of the revisited pixels that the chosen memory frames show, over all walks."""
+        picks = self.memory(how, self.config.memory, self.config.window)
+        shown = take(self._seen, self.rows, picks).any(1)  # [N, C, h, w]
+        wanted = self.before & ~self.recent & ~self.moving
+        return float((shown & wanted).sum() / wanted.sum().clamp_min(1))
 
     def run(
         self, model: CourtyardModel, how: Memory = "pose", steps: int = 8, seed: int = 1, shift: float | None = None,
