@@ -58,7 +58,8 @@ class Settings:
     state_minutes: float = 5.0
     """Minutes between saved states."""
     start: Path | None = None
-    """Weights to start from, with fresh optimiser state; their configuration must be `model`."""
+    """Weights to start from, with fresh optimiser state. Patches and refinement may differ from `model`: what sees rays
+    and not pixels, which is nearly everything, is kept."""
     resume: Path | None = None
     """Folder of a saved state to go on from."""
     compile_cache: Path | None = None

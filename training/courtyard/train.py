@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import lzma
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -92,10 +92,16 @@ class Trainer:
             torch.cuda.synchronize()
 
     def _start(self, file: Path) -> None:
-        network, _ = read_network(file)
-        if network.config != self.s.model:
-            raise ValueError(f"{file} holds weights of {network.config}, the run is for {self.s.model}")
-        self.network.load_state_dict(network.state_dict())
+        given, mine, model = read_network(file)[0], self.network.state_dict(), self.s.model
+        free = {"patch_height": model.patch_height, "patch_width": model.patch_width, "refine": model.refine}
+        if replace(given.config, **free) != model:
+            raise ValueError(
+                f"{file} holds {given.config}, the run is for {model}; only {list(free)} may differ"
+            )
+        fitting = {k: v for k, v in given.state_dict().items() if v.shape == mine[k].shape}
+        self.network.load_state_dict(mine | fitting)
+        fresh = sorted(mine.keys() - fitting.keys())
+        self.log(f"started from {file.name}; drawn anew: {', '.join(fresh) or 'nothing'}")
 
     def _resume(self, folder: Path) -> None:
         tensors, facts = load_state(folder)
