@@ -95,9 +95,7 @@ class Trainer:
         given, mine, model = read_network(file)[0], self.network.state_dict(), self.s.model
         free = {"patch_height": model.patch_height, "patch_width": model.patch_width, "refine": model.refine}
         if replace(given.config, **free) != model:
-            raise ValueError(
-                f"{file} holds {given.config}, the run is for {model}; only {list(free)} may differ"
-            )
+            raise ValueError(f"{file} holds {given.config}, the run is for {model}; only {list(free)} may differ")
         fitting = {k: v for k, v in given.state_dict().items() if v.shape == mine[k].shape}
         self.network.load_state_dict(mine | fitting)
         fresh = sorted(mine.keys() - fitting.keys())
