@@ -6,7 +6,8 @@ import math
 
 import torch
 from data import ContextKind, take
-from heldout import Memory, Retriever, Walks, predict, shoot
+from heldout import Memory, Walks, predict, shoot
+from retriever import Retriever
 from torch import Tensor
 
 from worldstride import worlds
@@ -38,7 +39,7 @@ def roll(
             elif how == "oracle":
                 picks = _true_coverage(walks, at, window, memory, config)
             else:
-                picks = retriever.memory(coming, walks.cameras[:, :at], before, memory, window)
+                picks = retriever.memory(coming[:, [0, -1]], walks.cameras[:, :at], before, memory, window)
             index = torch.cat([picks, index], 1)
         context, cameras = take(out, rows, index), take(walks.cameras, rows, index)
         kind = ContextKind(memory, window)

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from retriever import Retriever
 from torch import Tensor
 
 from worldstride import camera, worlds
-from worldstride.context import retrieval
 from worldstride.models.courtyard.config import CourtyardConfig
-from worldstride.models.courtyard.geometry import FIELD_OF_VIEW
 from worldstride.models.courtyard.model import patchify
 
 FAMILIES: dict[str, tuple[Callable[..., worlds.Scene], Callable[..., Tensor], int]] = {
@@ -100,8 +99,7 @@ class Pool:
         self.cameras = torch.empty(size, self.frames, 4, 4, device=self.device)
         self.own: Tensor | None = None
         """The model's own predictions of the same frames, once training asks for them."""
-        self.points = retrieval.frustum_points(torch.Generator().manual_seed(0)).to(self.device)
-        self.intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(self.device)
+        self._retriever = Retriever(self.device)
         for _ in range(size // fresh):
             self.refresh()
 
@@ -168,13 +166,8 @@ class Pool:
         uniform: Callable[..., Tensor],
     ) -> Tensor:
         ends = torch.stack([starts, starts + self.config.chunk - 1], -1).flatten(1)  # first and last coming frame
-        weights = retrieval.coverage(take(self.cameras, rows, ends), self.cameras[rows], self.points, self.intrinsics)
-        frames = torch.arange(self.frames, device=self.device)
-        valid = frames < (start - kind.window)[:, None]
-        # the window's frames show the chunk right after it; what they show need not be remembered
-        window = (start[:, None] - kind.window + torch.arange(kind.window, device=self.device))[..., None]
-        shown = weights.gather(1, window.expand(-1, -1, weights.shape[-1]))
-        chosen = retrieval.greedy(retrieval.unseen(weights, shown), valid, kind.memory)
-        anywhere = (uniform(len(rows), kind.memory) * (start - kind.window)[:, None]).long()
+        coming, before = take(self.cameras, rows, ends), start - kind.window
+        chosen = self._retriever.memory(coming, self.cameras[rows], before, kind.memory, kind.window)
+        anywhere = (uniform(len(rows), kind.memory) * before[:, None]).long()
         # ranks follow time, here as in a session
         return torch.where(uniform(len(rows), 1) < random, anywhere, chosen).sort(1).values

@@ -99,15 +99,18 @@ class Evaluation:
             if second is not None:
                 values = metrics.energy_score(image, second, truth, mask)
                 row[f"{name}_energy"], row[f"{name}_energy_ci"] = metrics.mean(values), metrics.interval(values)
-        row["seam"] = metrics.mean(metrics.seam(image, self.config.patch)) / metrics.mean(
-            metrics.seam(truth, self.config.patch)
-        )
+        row["seam"] = self.borders(image, truth)
         return row
 
     def ratio(self, image: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
         """Sharpness: mean gradient over the truth's, patch borders left out."""
         patch = self.config.patch
         return metrics.mean(metrics.gradient(image, mask, patch)) / metrics.mean(metrics.gradient(truth, mask, patch))
+
+    def borders(self, image: Tensor, truth: Tensor) -> float:
+        """Mean gradient across patch borders over the truth's."""
+        patch = self.config.patch
+        return metrics.mean(metrics.seam(image, patch)) / metrics.mean(metrics.seam(truth, patch))
 
     def teacher_forced(self, family: str, count: int, revisits: int | None = None) -> HeldOut:
         """One chunk a walk, by memory and by steps; with `revisits`, coming back in walks of so many frames."""
@@ -225,8 +228,7 @@ class Evaluation:
             "look_out_sharpness": self.ratio(image[:, LOOK_OUT], truth[:, LOOK_OUT]),
             "look_sharpness": self.ratio(image[:, 8:], truth[:, 8:]),
             "look_self_consistency": metrics.mean(consistent),
-            "look_seam": metrics.mean(metrics.seam(image[:, 8:], self.config.patch))
-            / metrics.mean(metrics.seam(truth[:, 8:], self.config.patch)),
+            "look_seam": self.borders(image[:, 8:], truth[:, 8:]),
         }
 
     def drifting(self) -> None:

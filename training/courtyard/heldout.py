@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from data import FAMILIES, ContextKind, context_ranks, take
+from retriever import Retriever
 from torch import Tensor
 
 from worldstride import camera, worlds
@@ -16,6 +16,7 @@ from worldstride.bench.walks import FIRST_SEED, pixel_classes
 from worldstride.context import retrieval
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.models.courtyard.adapter import CourtyardModel
+from worldstride.models.courtyard.codec import from_levels, to_levels
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.model import patchify, unpatchify
 from worldstride.protocol import Conditions
@@ -64,40 +65,6 @@ def sample(family: str, count: int, config: CourtyardConfig, device: torch.devic
     return shoot(scene, pose, config)
 
 
-class Retriever:
-    """Chooses context frames for a batch of walks as a session does."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._points = retrieval.frustum_points(torch.Generator().manual_seed(0)).to(device)
-        self._intrinsics = camera.intrinsics_from_fov(worlds.FOV).to(device)
-
-    def revisiting_start(self, walks: Walks, least: int, chunk: int, window: int, candidates: int = 24) -> Tensor:
-        """For each walk, the start [N] among `candidates` even ones whose view the past shows and the window does not.
-
-        Cameras alone decide, so the choice knows nothing of what the model will make of it.
-        """
-        n = walks.pose.shape[1]
-        starts = torch.linspace(least, n - chunk, candidates, device=walks.pose.device).long()
-        ids, scores = torch.arange(n, device=starts.device), []
-        for start in starts.tolist():
-            ends = walks.cameras[:, [start, start + chunk - 1]]
-            weights = retrieval.coverage(ends, walks.cameras, self._points, self._intrinsics)
-            recent = weights[:, (ids < start) & (ids >= start - window)].amax(1)
-            scores.append((weights[:, ids < start - window].amax(1) * (1 - recent)).mean(1))
-        return starts[torch.stack(scores, 1).argmax(1)]
-
-    def memory(self, coming: Tensor, past: Tensor, before: Tensor, count: int, window: int) -> Tensor:
-        """Indices [N, count], in order of time, among past [N, n, 4, 4] frames earlier than before [N].
-
-        The `window` frames from `before` on are recent ones; what they show need not be remembered.
-        """
-        weights = retrieval.coverage(coming[:, [0, -1]], past, self._points, self._intrinsics)
-        valid = torch.arange(past.shape[1], device=past.device) < before[:, None]
-        recent = before[:, None] + torch.arange(window, device=past.device)
-        shown = weights.gather(1, recent[..., None].expand(-1, -1, weights.shape[-1]))
-        return retrieval.greedy(retrieval.unseen(weights, shown), valid, count).sort(1).values
-
-
 @torch.no_grad()
 def predict(
     model: CourtyardModel, context: Tensor, context_cameras: Tensor, kind: ContextKind, cameras: Tensor, seed: int,
@@ -111,7 +78,7 @@ def predict(
     out = []
     for i in range(0, len(context), at_once):
         part = slice(i, i + at_once)
-        past = (context[part].float() / 127.5 - 1).to(model.dtype)
+        past = from_levels(context[part]).to(model.dtype)
         written = model.encode_context(past, context_cameras[part], (), ranks, kinds, None, attend)
         lead = cameras[part].shape[:2]
         positions = torch.arange(lead[1], device=context.device)
@@ -121,7 +88,7 @@ def predict(
         noise = torch.randn(*lead, *model.latent_shape, generator=generator, device=context.device)
         plan = DenoisePlan(model.sampler(steps, shift))
         clean, _, _ = denoise(model, noise, inputs, written, plan, attend, _no_fresh_noise)
-        out.append(((clean.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        out.append(to_levels(clean))
     return torch.cat(out)
 
 
@@ -144,7 +111,6 @@ class HeldOut:
         self,
         walks: Walks,
         config: CourtyardConfig,
-        trace: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
         revisiting: bool = False,
     ) -> None:
         device, (count, n) = walks.pose.device, walks.pose.shape[:2]
@@ -154,7 +120,7 @@ class HeldOut:
         generator = torch.Generator().manual_seed(FIRST_SEED)
         self.start = torch.randint(least, n - config.chunk + 1, (count,), generator=generator).to(device)
         if revisiting:
-            self.start = self.retriever.revisiting_start(walks, least, config.chunk, config.window)
+            self.start = self.retriever.revisiting_start(walks.cameras, least, config.chunk, config.window)
         self.frames = self.start[:, None] + torch.arange(config.chunk, device=device)
         self.cameras = take(walks.cameras, self.rows, self.frames)
         self.truth = images(take(walks.patches, self.rows, self.frames), config)
@@ -165,8 +131,8 @@ class HeldOut:
             part = slice(i, i + 8)
             pose, time = (take(t, self.rows[part], self.frames[part]) for t in (walks.pose, walks.time))
             arguments = (walks.scene[part], pose, time)
-            seen[part] = worlds.covisible(*arguments, walks.pose[part], walks.time[part], mask, trace or worlds.trace)
-            moving.append(worlds.moving_pixels(*arguments, mask, trace or worlds.trace))
+            seen[part] = worlds.covisible(*arguments, walks.pose[part], walks.time[part], mask)
+            moving.append(worlds.moving_pixels(*arguments, mask))
         self.moving, self._seen = torch.cat(moving), seen
         recent, older = self._recent_and_older(config.window)
         self.recent = (seen & recent[..., None, None, None]).any(1)
@@ -202,7 +168,7 @@ class HeldOut:
             wanted = ~(self._seen & recent[..., None, None, None]).any(1, keepdim=True)  # the window shows the rest
             covers = (self._seen & older[..., None, None, None] & wanted).flatten(2)
             return retrieval.greedy(covers.float(), older, count).sort(1).values
-        return self.retriever.memory(self.cameras, self.walks.cameras, before, count, window)
+        return self.retriever.memory(self.cameras[:, [0, -1]], self.walks.cameras, before, count, window)
 
     def recall(self, how: Memory) -> float:
         """Share of the revisited pixels that the chosen memory frames show, over all walks."""

@@ -28,6 +28,7 @@ from worldstride import worlds
 from worldstride.atomic import atomic_write
 from worldstride.attention import attend
 from worldstride.bench.results import write_json
+from worldstride.models.courtyard.codec import to_levels
 from worldstride.models.courtyard.geometry import geometry
 from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count
 from worldstride.models.courtyard.weights import read_network
@@ -222,7 +223,7 @@ class Trainer:
     def _keep(own: Tensor, batch: Batch, sampled: Tensor, sigma: Tensor) -> None:
         """Samples that still know something of the truth become later contexts: drifted pasts are in distribution."""
         old = own[batch.walks[:, None], batch.target_frames]  # [B, R C, n, values]
-        new = ((sampled.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).flatten(1, 2)
+        new = to_levels(sampled.float()).flatten(1, 2)
         keep = (sigma < 0.9).repeat_interleave(sampled.shape[2], 1)[..., None, None]
         own[batch.walks[:, None], batch.target_frames] = torch.where(keep, new, old)
 

@@ -63,29 +63,25 @@ def select(
     wanted = shape.memory if memory is None else min(memory, shape.memory)
     candidates = list(range(sink, kept - recent))
     count = min(wanted, len(candidates))
-    newest = _similarity(history.cameras([kept - 1]), coming, points, intrinsics)[0] if kept else torch.zeros(1)
     chosen: list[int] = []
     similarity: tuple[float, ...] = ()
-    if count:
-        weights = _weights(history.cameras(candidates), coming, points, intrinsics)
-        valid = torch.ones(1, len(candidates), dtype=torch.bool)
-        shown = _weights(history.cameras(list(range(kept - recent, kept))), coming, points, intrinsics)
-        picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count)[0].sort().values
-        chosen = [candidates[i] for i in picks.tolist()]
-        similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
+    newest = 0.0
+    if kept:
+        # one call over everything that a signal needs: candidates, then the window, whose last is the newest
+        seen = list(range(sink if count else kept - 1, kept))
+        queries = coming.cpu().float()[[0, -1]]
+        every = retrieval.coverage(queries[None], history.cameras(seen)[None].float(), points, intrinsics)  # [1, N, S]
+        newest = float(retrieval.similarity(every)[0, -1])
+        if count:
+            weights, shown = every[:, : len(candidates)], every[:, len(candidates) :]
+            valid = torch.ones(1, len(candidates), dtype=torch.bool)
+            picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count)[0].sort().values
+            chosen = [candidates[i] for i in picks.tolist()]
+            similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
     plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), _reason(window, memory))
-    return plan, Signals(similarity, float(newest), len(candidates))
+    return plan, Signals(similarity, newest, len(candidates))
 
 
 def _reason(window: int | None, memory: int | None) -> str:
     asked = [f"{name} {n}" for name, n in (("window", window), ("memory", memory)) if n is not None]
     return f"{' and '.join(asked)} asked for" if asked else "full compute"
-
-
-def _weights(memory: Tensor, coming: Tensor, points: Tensor, intrinsics: Tensor) -> Tensor:
-    queries = coming.cpu().float()[[0, -1]]
-    return retrieval.coverage(queries[None], memory[None].float(), points, intrinsics)  # [1, N, S]
-
-
-def _similarity(memory: Tensor, coming: Tensor, points: Tensor, intrinsics: Tensor) -> Tensor:
-    return retrieval.similarity(_weights(memory, coming, points, intrinsics))[0]

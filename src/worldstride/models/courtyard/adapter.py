@@ -13,7 +13,7 @@ from worldstride.attention import Attend
 from worldstride.control import Action
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError
-from worldstride.models.courtyard.codec import PatchCodec
+from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_levels
 from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
@@ -121,4 +121,4 @@ class CourtyardModel:
 
     def commit(self, clean: Tensor, inputs: CourtyardInputs) -> Tensor:
         """Pixels have a range and 256 levels: what is remembered (float16) is what was shown."""
-        return (((clean.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1).half()
+        return from_levels(to_levels(clean)).half()

@@ -12,6 +12,16 @@ from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.model import patchify, unpatchify
 
 
+def to_levels(values: Tensor) -> Tensor:
+    """Values in [-1, 1] (clamped to it) as the 256 levels of a pixel, uint8."""
+    return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_levels(levels: Tensor) -> Tensor:
+    """Levels of a pixel as float32 in [-1, 1]."""
+    return levels.float() / 127.5 - 1
+
+
 class PatchCodec:
     """One latent is one frame; the decode state stays empty."""
 
@@ -29,11 +39,10 @@ class PatchCodec:
                 f"frames must be uint8 [B, F, {size}, {size}, 3], got {str(frames.dtype).removeprefix('torch.')} "
                 f"{list(frames.shape)}"
             )
-        image = frames.to(self._device).movedim(-1, -3).float() / 127.5 - 1
+        image = from_levels(frames.to(self._device).movedim(-1, -3))
         return patchify(image, self._config.patch).half()
 
     def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents [B, T, tokens, values] -> frames uint8 [B, T, H, W, 3]."""
         image = unpatchify(latents.float(), self._config.grid, self._config.patch)
-        frames = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return frames.movedim(-3, -1), dict(state)
+        return to_levels(image).movedim(-3, -1), dict(state)
