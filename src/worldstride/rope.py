@@ -14,7 +14,8 @@ from torch import Tensor
 
 def angles(position: Tensor, frequencies: Sequence[float]) -> Tensor:
     """Angles [..., len(frequencies)] in radians of positions [...]: position x frequency."""
-    return position[..., None] * torch.tensor(list(frequencies), dtype=position.dtype, device=position.device)
+    table = torch.tensor(list(frequencies), dtype=position.dtype)
+    return position[..., None] * table.to(position.device, non_blocking=True)  # else the GPU would be waited for
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class Batch:
 def context_ranks(kind: ContextKind, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks and kinds [F] of a context: sink, then memory, then the window up to rank -1; chunks start at 0."""
     ranks = torch.arange(-(kind.sink + kind.memory + kind.window), 0, device=device)
-    kinds = torch.tensor([2] * kind.sink + [1] * kind.memory + [0] * kind.window, device=device)
-    return ranks, kinds
+    kinds = torch.tensor([2] * kind.sink + [1] * kind.memory + [0] * kind.window)
+    return ranks, kinds.to(device, non_blocking=True)
 
 
 def take(pool: Tensor, rows: Tensor, frames: Tensor) -> Tensor:
@@ -119,8 +119,14 @@ class Pool:
             self.own[at : at + self.fresh] = self.patches[at : at + self.fresh]
 
     @torch.no_grad()
-    def draw(self, batch: int, kind: ContextKind, targets: int, random_memory: float, own: float) -> Batch:
-        """A batch: retrieval as at inference, a share of random memory, a share of contexts from `self.own`."""
+    def draw(
+        self, batch: int, kind: ContextKind, targets: int, random_memory: float, own: float, first_only: float = 0.0
+    ) -> Batch:
+        """A batch: retrieval as at inference, a share of random memory, a share of contexts from `self.own`.
+
+        Memory is retrieved for all target chunks together, or for a share `first_only` of walks for the first alone, as
+        a session does it.
+        """
         n, c, device, g = self.frames, self.config.chunk, self.device, self._generator
 
         def uniform(*shape: int) -> Tensor:
@@ -136,7 +142,8 @@ class Pool:
         recent = start[:, None] - kind.window + torch.arange(kind.window, device=device)
         parts = [torch.arange(kind.sink, device=device).expand(batch, -1)]
         if kind.memory:
-            parts.append(self._memory(rows, starts, start, kind, random_memory, uniform))
+            wanted = torch.where(uniform(batch, 1) < first_only, start[:, None], starts)  # [B, R]
+            parts.append(self._memory(rows, wanted, start, kind, random_memory, uniform))
         index = torch.cat([*parts, recent], 1)  # [B, F]
         context = take(self.patches, rows, index)
         if self.own is not None and own:

@@ -47,6 +47,8 @@ class Settings:
     refresh_courtyard: int = 16
     random_memory: float = 0.15
     """Share of contexts whose memory is random frames."""
+    first_only: float = 0.5
+    """Share of contexts whose memory is retrieved for the first target chunk alone, as a session does it."""
     own_from: float = 0.4
     """Point of the run from which contexts may hold the model's own predictions."""
     own_share: float = 0.5
@@ -58,8 +60,7 @@ class Settings:
     state_minutes: float = 5.0
     """Minutes between saved states."""
     start: Path | None = None
-    """Weights to start from, with fresh optimiser state. Patches and refinement may differ from `model`: what sees rays
-    and not pixels, which is nearly everything, is kept."""
+    """Weights to start from, with fresh optimiser state. Patches and refinement may differ (see `repatch`)."""
     resume: Path | None = None
     """Folder of a saved state to go on from."""
     compile_cache: Path | None = None

@@ -18,9 +18,11 @@ import tyro
 from checkpoint import flat_state, load_state, part, save_state, save_weights
 from data import Batch, Pool
 from group import Group
+from objective import errors, noised
 from optimizer import Optimizer
 from origin import commit
 from quick import Quick
+from repatch import repatched
 from settings import Settings, context_kinds
 from torch import Tensor
 
@@ -59,8 +61,9 @@ class Trainer:
         millions = parameter_count(self.network) / 1e6
         self.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
         compiled = settings.compile and group.cuda
-        trace = torch.compile(worlds.trace, dynamic=False) if compiled else worlds.trace
+        trace, self.noised, self.errors = worlds.trace, noised, errors
         if compiled:
+            trace, self.noised, self.errors = (torch.compile(f, dynamic=False) for f in (trace, noised, errors))
             torch._dynamo.config.recompile_limit = 64
             if settings.compile_cache is not None and settings.compile_cache.exists():
                 torch.compiler.load_cache_artifacts(lzma.decompress(settings.compile_cache.read_bytes()))
@@ -97,7 +100,8 @@ class Trainer:
         free = {"patch_height": model.patch_height, "patch_width": model.patch_width, "refine": model.refine}
         if replace(given.config, **free) != model:
             raise ValueError(f"{file} holds {given.config}, the run is for {model}; only {list(free)} may differ")
-        fitting = {k: v for k, v in given.state_dict().items() if v.shape == mine[k].shape}
+        state = repatched(given.state_dict(), given.config, model)
+        fitting = {k: v for k, v in state.items() if v.shape == mine[k].shape}
         self.network.load_state_dict(mine | fitting)
         fresh = sorted(mine.keys() - fitting.keys())
         self.log(f"started from {file.name}; drawn anew: {', '.join(fresh) or 'nothing'}")
@@ -152,12 +156,11 @@ class Trainer:
         if self.progress > s.own_from - 0.1:
             for each in self.pools.values():
                 each.own = each.patches.clone() if each.own is None else each.own
-        batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own)
+        batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own, s.first_only)
         keep = pool.own is not None and self.step % s.own_every == 0
         sigma, predicted, target, sampled = self._predict(batch, keep)
-        difference = predicted.float() - target.float()
-        error = difference.square().mean((2, 3, 4))  # [B, R]
-        loss = ((error + s.seam * self._jump(difference)) / sigma.clamp_min(0.1)).mean()
+        error, jump = self.errors(s.model, predicted, target)  # [B, R] each
+        loss = ((error + s.seam * jump) / sigma.clamp_min(0.1)).mean()
         loss.backward()
         self.group.average_gradients(list(self.network.parameters()))
         rate = min(1.0, (since + 1) / 150) * min(1.0, max(0.01, (1 - self.progress) / s.decay))
@@ -180,17 +183,14 @@ class Trainer:
             return torch.rand(*shape, device=self.device, generator=self.generator)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=self.device, generator=self.generator)
+            return torch.randn(*shape, device=self.device, generator=self.generator, dtype=self.dtype)
 
         config, (b, r) = self.s.model, batch.target.shape[:2]
-        context, target = (t.to(self.dtype) / 127.5 - 1 for t in (batch.context, batch.target))
         level = 0.25 * uniform(b).square() * (uniform(b) < 0.7)  # context noise
-        wide = level[:, None, None, None]
-        context = ((1 - wide) * context + wide * normal(*context.shape)).to(self.dtype)
-        clean = torch.sigmoid(1.2 * normal(b, r) - 0.6).clamp_max(0.95)
+        context, _ = self.noised(batch.context, normal(*batch.context.shape), level)
+        clean = torch.sigmoid(1.2 * normal(b, r).float() - 0.6).clamp_max(0.95)
         sigma = 1 - torch.where(uniform(b, r) < 0.1, 0.02 * uniform(b, r), clean)
-        wide = sigma[..., None, None, None]
-        noisy = ((1 - wide) * target + wide * normal(*target.shape)).to(self.dtype)
+        noisy, target = self.noised(batch.target, normal(*batch.target.shape), sigma)
         past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds)
         written = self.network.context(context, past, level, attend)
         flat = [t.flatten(0, 1) for t in (batch.target_cameras, batch.target_ranks, noisy)]
@@ -204,20 +204,6 @@ class Trainer:
                 held = [(k.detach(), v.detach()) for k, v in written]
                 sampled = self.network.denoise(half, coming, sigma.flatten() / 2, held, attend).unflatten(0, (b, r))
         return sigma, predicted.unflatten(0, (b, r)), target, sampled
-
-    def _jump(self, difference: Tensor) -> Tensor:
-        """Mean squared jump [B, R] of the error across patch borders.
-
-        A quadratic form of the error like the squared error itself, so its best prediction is the same conditional
-        mean and sampling stays right; it only makes errors that end at a border dearer.
-        """
-        config = self.s.model
-        cells = difference.unflatten(-2, config.grid).unflatten(
-            -1, (3, *config.patch)
-        )  # [B, R, C, rows, cols, 3, h, w]
-        across = cells[:, :, :, :, 1:, :, :, 0] - cells[:, :, :, :, :-1, :, :, -1]
-        down = cells[:, :, :, 1:, :, :, 0] - cells[:, :, :, :-1, :, :, -1]
-        return (across.square().flatten(2).mean(2) + down.square().flatten(2).mean(2)) / 2
 
     @staticmethod
     def _keep(own: Tensor, batch: Batch, sampled: Tensor, sigma: Tensor) -> None:

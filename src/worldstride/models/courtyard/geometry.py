@@ -67,8 +67,9 @@ def projective_channels(config: CourtyardConfig) -> int:
 def geometry(config: CourtyardConfig, cameras: Tensor, ranks: Tensor, kinds: Tensor) -> Geometry:
     """Geometry of cameras [B, F, 4, 4] at ranks [B, F] of kinds [B, F]."""
     cameras = cameras.float()
-    intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW).to(cameras)
-    direction = camera.rays(cameras, intrinsics, *config.grid).flatten(2, 3)  # [B, F, n, 3]
+    intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW)
+    on_device = intrinsics.to(cameras, non_blocking=True)  # here and below, so that the GPU is never waited for
+    direction = camera.rays(cameras, on_device, *config.grid).flatten(2, 3)  # [B, F, n, 3]
     features = _own_features(cameras, direction)
     pairs = [_ray_angles(config, cameras, direction), _time_angles(ranks, kinds, config.tokens)]
     angle = torch.cat(pairs, -1).flatten(1, 2)[:, None]  # [B, 1, F n, pairs]
@@ -120,6 +121,7 @@ def _harmonics(x: Tensor) -> Tensor:
 def _lifted(cameras: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
     pose = cameras.clone()
     pose[..., :3, 3] /= METRES
-    lift = torch.eye(4, device=cameras.device)
+    lift = torch.eye(4)
     lift[:3, :3] = intrinsics
-    return lift @ camera.invert(pose), pose @ torch.linalg.inv(lift)
+    lift, lower = (m.to(cameras, non_blocking=True) for m in (lift, torch.linalg.inv(lift)))
+    return lift @ camera.invert(pose), pose @ lower

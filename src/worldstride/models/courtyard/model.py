@@ -104,9 +104,14 @@ class Block(nn.Module):
     def _mapped(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The first `projective` channels of x [B, heads, F n, e] by one 4x4 matrix [B, F, 4, 4] a frame."""
         p, frames = self.projective, matrix.shape[1]
-        part = x[..., :p].unflatten(2, (frames, -1)).unflatten(-1, (-1, 4))  # [B, heads, F, n, p/4, 4]
-        part = torch.einsum("bfij,bhfngj->bhfngi", matrix.to(x.dtype), part).flatten(4).flatten(2, 3)
-        return part if x.shape[-1] == p else torch.cat([part, x[..., p:]], -1)
+        part = x[..., :p].unflatten(2, (frames, -1))  # [B, heads, F, n, p]
+        if x.is_cuda:  # a compiler fuses this; matrix units are wasted on 4x4
+            groups = part.unflatten(-1, (-1, 1, 4))
+            mapped = (matrix[:, None, :, None, None] * groups).sum(-1).to(x.dtype).flatten(-2)
+        else:
+            mapped = (part.flatten(3).unflatten(-1, (-1, 4)) @ matrix.to(x.dtype).mT[:, None]).view(part.shape)
+        mapped = mapped.flatten(2, 3)
+        return mapped if x.shape[-1] == p else torch.cat([mapped, x[..., p:]], -1)
 
 
 class Refine(nn.Module):
