@@ -73,6 +73,18 @@ def test_attention_equals_the_reference(queries: int, keys: int):
     assert torch.allclose(sharp, v[:, :, :1].double(), atol=1e-6)
 
 
+def test_large_scores_in_half_precision_keep_what_tells_them_apart():
+    q, k, v = (normal(1, 2, n, 64, seed=i).bfloat16() for i, n in enumerate((300, 500, 500)))
+    q[..., 0], k[..., 0] = 30, 20  # every score is near 75, where bfloat16 is as coarse as 0.5
+    truth = reference(q, k, v)
+
+    def error(out: Tensor) -> float:
+        return float((out.double() - truth).norm() / truth.norm())
+
+    naive = torch.matmul((torch.matmul(q, k.mT) / 8).softmax(-1), v)
+    assert error(attend(q, k, v)) < 0.02 < 0.1 < error(naive)
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_a_frames_keys_know_no_other_camera(code: CameraCode):
     net, where, ranks = network(code), cameras(1, 5), torch.arange(-5, 0)

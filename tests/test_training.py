@@ -19,6 +19,7 @@ from torch import Tensor
 import worldstride
 from worldstride import Action
 from worldstride.models.courtyard.config import CourtyardConfig
+from worldstride.models.courtyard.model import patchify
 from worldstride.models.courtyard.weights import random_network, read_network
 
 FOLDER = Path(__file__).parents[1] / "training" / "courtyard"
@@ -31,7 +32,7 @@ def training() -> Iterator[SimpleNamespace]:
     """The trainer's modules, as its scripts see each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        names = ("checkpoint", "data", "group", "optimizer", "train")
+        names = ("checkpoint", "data", "group", "objective", "optimizer", "repatch", "retriever", "train")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -164,7 +165,7 @@ def test_a_run_starts_from_weights_of_its_own_configuration_only(
     trained, _ = read_network(smoke / "weights.safetensors")
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in trainer.network.state_dict().items())
     assert all(p.requires_grad for p in trainer.network.parameters())
-    # other patches keep everything but what reads and writes pixels
+    # with other patches everything that does not see pixels is as it was
     narrow = replace(trained.config, patch_width=8)
     other = miniature(training, start=smoke / "weights.safetensors", model=narrow).network.state_dict()
     kept = {k for k, v in trained.state_dict().items() if v.shape == other[k].shape}
@@ -173,6 +174,44 @@ def test_a_run_starts_from_weights_of_its_own_configuration_only(
     training.checkpoint.save_weights(tmp_path / "w.safetensors", random_network(SMALL), SMALL, {})
     with pytest.raises(ValueError, match="the run is for"):
         miniature(training, start=tmp_path / "w.safetensors")
+
+
+def test_smaller_patches_begin_as_the_middle_of_larger_ones(training: SimpleNamespace):
+    network = random_network(SMALL)  # patches of 12 x 12
+    narrow = replace(SMALL, patch_height=6, patch_width=8)
+    state = training.repatch.repatched(network.state_dict(), SMALL, narrow)
+    smaller = random_network(narrow)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in smaller.state_dict().items()}
+    smaller.load_state_dict(state)
+    for name in ("clean_in", "noisy_in"):
+        cells = [getattr(net, name).weight.view(SMALL.width, 3, *net.config.patch) for net in (network, smaller)]
+        torch.testing.assert_close(cells[1], 3 * cells[0][:, :, 3:9, 2:10])
+        assert torch.equal(getattr(smaller, name).bias, getattr(network, name).bias)
+    x = torch.randn(SMALL.width)
+    whole, middle = network.out(x).view(-1, 12, 12), smaller.out(x).view(-1, 6, 8)
+    torch.testing.assert_close(middle, whole[:, 3:9, 2:10])
+    assert torch.equal(state["blocks.0.q.weight"], network.blocks[0].q.weight)
+    larger = training.repatch.repatched(smaller.state_dict(), narrow, SMALL)
+    assert not {"clean_in.weight", "noisy_in.weight", "out.weight", "out.bias"} & larger.keys()
+    assert larger["place"].shape == network.place.shape
+
+
+def test_noise_and_errors_are_what_they_say(training: SimpleNamespace):
+    levels = torch.randint(0, 256, (2, 3, 4, 4, 432), dtype=torch.uint8)
+    noise, amount = torch.randn(levels.shape), torch.rand(2, 3)
+    noisy, clean = training.objective.noised(levels, noise, amount)
+    wide = amount[..., None, None, None]
+    torch.testing.assert_close(clean, levels / 127.5 - 1)
+    torch.testing.assert_close(noisy, (1 - wide) * (levels / 127.5 - 1) + wide * noise)
+    config = replace(SMALL, patch_width=8)  # 2 rows and 3 columns of patches
+    difference = torch.randn(2, 3, 4, 3, 24, 24)
+    target = torch.randn(2, 3, 4, 6, 288)
+    predicted = target + patchify(difference, config.patch)
+    error, jump = training.objective.errors(config, predicted, target)
+    torch.testing.assert_close(error, difference.square().mean((2, 3, 4, 5)))
+    across = (difference[..., [8, 16]] - difference[..., [7, 15]]).square().mean((2, 3, 4, 5))
+    down = (difference[..., 12, :] - difference[..., 11, :]).square().mean((2, 3, 4))
+    torch.testing.assert_close(jump, (across + down) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_matrices_of_the_blocks_go_to_muon(training: SimpleNamespace):
@@ -246,6 +285,23 @@ def test_contexts_hold_nothing_of_the_window_or_the_future_as_memory(training: S
             assert bool((memory.diff(dim=1) > 0).all())  # retrieval picks no frame twice
         gap = (batch.target_frames.unflatten(1, (3, -1))[..., 0] - start[:, None]).clamp_max(16)
         assert torch.equal(batch.target_ranks, gap[..., None] + torch.arange(4))
+
+
+def test_memory_can_be_retrieved_for_the_first_chunk_alone(training: SimpleNamespace):
+    walks, kind = pool(training), training.data.ContextKind(3, 2)
+    walks.patches[:] = torch.arange(40, dtype=torch.uint8)[:, None, None]
+    retriever, different = training.retriever.Retriever(torch.device("cpu")), 0
+    for _ in range(4):
+        batch = walks.draw(16, kind, 3, 0.0, 0.0, first_only=1.0)
+        start, ends = batch.target_frames[:, 0], batch.target_cameras[:, :, [0, -1]]
+        first, every = (
+            retriever.memory(views, walks.cameras[batch.walks], start - 2, 3, 2)
+            for views in (ends[:, 0], ends.flatten(1, 2))
+        )
+        index = batch.context[:, :3, 0, 0].long()
+        assert torch.equal(index, first)
+        different += int((first != every).any(1).sum())
+    assert different
 
 
 def test_batches_follow_the_generators_seed(training: SimpleNamespace):

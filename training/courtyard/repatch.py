@@ -14,8 +14,8 @@ def repatched(state: dict[str, Tensor], given: CourtyardConfig, wanted: Courtyar
     """The state of a network with patches as in `given`, for patches as in `wanted`; other parts as they are.
 
     A token's ray goes through the middle of its patch, so pixels near the ray keep their weights. Where the patch
-    shrinks, its outer pixels fall away and input weights grow by the ratio of areas, which keeps the answer to an even
-    colour. Where it grows, or refinement has other channels, nothing fits and the part is left out.
+    shrinks, its outer pixels fall away and input weights grow by the ratio of areas, which about keeps the answer to an
+    even colour. Where it grows, or refinement has other channels, nothing fits and the part is left out.
     """
     out = dict(state)
     if given.patch == wanted.patch:
