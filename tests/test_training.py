@@ -296,7 +296,7 @@ def test_memory_can_be_retrieved_for_the_first_chunk_alone(training: SimpleNames
         start, ends = batch.target_frames[:, 0], batch.target_cameras[:, :, [0, -1]]
         first, every = (
             retriever.memory(views, walks.cameras[batch.walks], start - 2, 3, 2)
-            for views in (ends[:, 0], ends.flatten(1, 2))
+            for views in (ends[:, :1].expand(-1, 3, -1, -1, -1).flatten(1, 2), ends.flatten(1, 2))
         )
         index = batch.context[:, :3, 0, 0].long()
         assert torch.equal(index, first)
