@@ -35,6 +35,8 @@ class Settings:
     """Decay of the averaged weights."""
     seam: float = 0.25
     """Weight of the squared jump of the error across patch borders."""
+    log_clean: float = -1.0
+    """Mean of the logit of the clean share, 1 - sigma; its deviation is 1.2. Few-step schedules live at high noise."""
     plain_share: float = 0.55
     """Share of steps on plain static courts; the rest on courts with rooms and moving things."""
     plain_pool: int = 4096

@@ -188,7 +188,7 @@ class Trainer:
         config, (b, r) = self.s.model, batch.target.shape[:2]
         level = 0.25 * uniform(b).square() * (uniform(b) < 0.7)  # context noise
         context, _ = self.noised(batch.context, normal(*batch.context.shape), level)
-        clean = torch.sigmoid(1.2 * normal(b, r).float() - 0.6).clamp_max(0.95)
+        clean = torch.sigmoid(1.2 * normal(b, r).float() + self.s.log_clean).clamp_max(0.95)
         sigma = 1 - torch.where(uniform(b, r) < 0.1, 0.02 * uniform(b, r), clean)
         noisy, target = self.noised(batch.target, normal(*batch.target.shape), sigma)
         past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds)
