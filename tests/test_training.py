@@ -161,19 +161,19 @@ def test_a_crash_while_saving_leaves_the_old_state(
 def test_a_run_starts_from_weights_of_its_own_configuration_only(
     training: SimpleNamespace, smoke: Path, tmp_path: Path
 ):
-    trainer = miniature(training, start=smoke / "weights.safetensors")
+    trainer = miniature(training, initial=smoke / "weights.safetensors")
     trained, _ = read_network(smoke / "weights.safetensors")
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in trainer.network.state_dict().items())
     assert all(p.requires_grad for p in trainer.network.parameters())
     # with other patches everything that does not see pixels is as it was
     narrow = replace(trained.config, patch_width=8)
-    other = miniature(training, start=smoke / "weights.safetensors", model=narrow).network.state_dict()
+    other = miniature(training, initial=smoke / "weights.safetensors", model=narrow).network.state_dict()
     kept = {k for k, v in trained.state_dict().items() if v.shape == other[k].shape}
     assert all(torch.equal(other[k], trained.state_dict()[k]) for k in kept)
     assert {k.split(".")[0] for k in other.keys() - kept} == {"clean_in", "noisy_in", "out", "place"}
     training.checkpoint.save_weights(tmp_path / "w.safetensors", random_network(SMALL), SMALL, {})
     with pytest.raises(ValueError, match="the run is for"):
-        miniature(training, start=tmp_path / "w.safetensors")
+        miniature(training, initial=tmp_path / "w.safetensors")
 
 
 def test_smaller_patches_begin_as_the_middle_of_larger_ones(training: SimpleNamespace):

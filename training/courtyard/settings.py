@@ -61,7 +61,7 @@ class Settings:
     """Evaluations on held-out plain courts during the run."""
     state_minutes: float = 5.0
     """Minutes between saved states."""
-    start: Path | None = None
+    initial: Path | None = None
     """Weights to start from, with fresh optimiser state. Patches and refinement may differ (see `repatch`)."""
     resume: Path | None = None
     """Folder of a saved state to go on from."""

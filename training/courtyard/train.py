@@ -46,8 +46,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         config = settings.model
         self.network = CourtyardNetwork(config).to(self.device)
-        if settings.start is not None:
-            self._start(settings.start)
+        if settings.initial is not None:
+            self._begin_with(settings.initial)
         self.averaged = CourtyardNetwork(config).to(self.device).requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
         self.optimizer = Optimizer(self.network, settings.matrix_rate, settings.rate)
@@ -95,7 +95,7 @@ class Trainer:
         if self.group.cuda:
             torch.cuda.synchronize()
 
-    def _start(self, file: Path) -> None:
+    def _begin_with(self, file: Path) -> None:
         given, mine, model = read_network(file)[0], self.network.state_dict(), self.s.model
         free = {"patch_height": model.patch_height, "patch_width": model.patch_width, "refine": model.refine}
         if replace(given.config, **free) != model:
