@@ -99,6 +99,7 @@ def no_model(*_: object, **__: object) -> None:
         (["-o", "w.mp4", "--report", "sub/../w.mp4"], "the video and the report cannot both be"),
         (["--report", "old.world", "--from", "old.world"], "the world to go on from and the report cannot both be"),
         (["--save", "old.world", "--from", "old.world", "--dtype", "float32"], "leave out --dtype float32"),
+        (["--save", "old.world", "--from", "old.world", "--compile"], "leave out --compile"),
         (["--report", "walk.json"], "the report would overwrite the trajectory walk.json"),
     ],
 )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import worldstride
+from joint_model import JointModel
 from walking import FORWARD, same
 from worldstride import Acceleration, Engine
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import FILE, random_network
+from worldstride.models.registry import ModelEntry
 
 
 def test_unknown_words_are_answered():
@@ -102,6 +106,29 @@ def _damaged(weights: Path, folder: Path) -> Iterator[tuple[str, str]]:
     ):
         save_file({"place": torch.zeros(3, 64)}, folder / name, {"format": "worldstride-courtyard", **metadata})
         yield name, text
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiles C++")
+def test_a_compiled_model_shows_the_same_world_and_goes_on_from_a_save(weights: Path, tmp_path: Path):
+    plain, compiled = (worldstride.load("courtyard", weights, device="cpu", compile=c) for c in (False, True))
+    assert (plain.source.compiled, compiled.source.compiled) == (False, True)
+    one, two = plain.new(seed=2), compiled.new(seed=2)
+    pairs = [(one.step(FORWARD).frames, two.step(FORWARD).frames) for _ in range(3)]
+    assert all(int(np.abs(a.astype(int) - b.astype(int)).max()) <= 3 for a, b in pairs)
+    two.save(tmp_path / "a.world")
+    again = worldstride.open(tmp_path / "a.world")
+    assert again.engine.source.compiled
+    assert same(two.step(FORWARD), again.step(FORWARD))
+
+
+def test_what_cannot_be_compiled_is_refused(weights: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="needs a C\\+\\+ compiler on a CPU"):
+        worldstride.load("courtyard", weights, device="cpu", compile=True)
+    entry = ModelEntry("joint", "0", "nowhere", "none", lambda *_: (JointModel(), "none"))
+    monkeypatch.setattr("worldstride.engine.find", lambda name: entry)
+    with pytest.raises(InputError, match="'joint' cannot be compiled; load it with compile=False"):
+        worldstride.load("joint", weights="random", device="cpu", compile=True)
 
 
 def test_bad_checkpoints_are_named(weights: Path, tmp_path: Path):

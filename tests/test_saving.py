@@ -94,3 +94,7 @@ def test_a_save_in_another_precision_is_refused(saved: Path, tiny_engine: Engine
     other = Engine(tiny_engine.model, source, tiny_engine.acceleration)
     with pytest.raises(SaveFileError, match="made in float32, the engine computes in bfloat16"):
         worldstride.open(saved, engine=other)
+    source = dataclasses.replace(tiny_engine.source, compiled=True)
+    other = Engine(tiny_engine.model, source, tiny_engine.acceleration)
+    with pytest.raises(SaveFileError, match="made by a model not compiled, the engine's is compiled; give one"):
+        worldstride.open(saved, engine=other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from worldstride.control import ControlSettings
 from worldstride.errors import InputError
 from worldstride.models.registry import find
 from worldstride.navigation import FreeNavigator, Navigator, SceneNavigator
-from worldstride.protocol import WorldModel
+from worldstride.protocol import Compilable, WorldModel
 from worldstride.session import Session, SessionState
 
 Weights = Literal["pretrained", "random"]
@@ -38,6 +40,8 @@ class EngineSource:
     """SHA-256 of the weights, so that a save is never continued with others."""
     dtype: str = "float32"
     """Precision that the model computes in."""
+    compiled: bool = False
+    """Whether `torch.compile` was asked for, which changes last bits."""
 
 
 class Engine:
@@ -192,12 +196,14 @@ def load(
     device: str | torch.device | None = None,
     acceleration: Acceleration | str | Path = "off",
     dtype: torch.dtype | None = None,
+    compile: bool = False,
 ) -> Engine:
     """Load a world model.
 
     `name` is one of `worldstride models`; `path` points at a checkpoint where the model does not ship; weights
     "random" are seeded and measure speed, never quality. `device` defaults to a GPU where there is one, `dtype` to
-    what the device multiplies natively. Raises `InputError` on unknown names, `CheckpointError` on bad files.
+    what the device multiplies natively. `compile` has `torch.compile` make the model faster: the first chunks then take
+    long, and a CPU needs a C++ compiler. Raises `InputError` on unknown names, `CheckpointError` on bad files.
     """
     if weights not in get_args(Weights):
         raise InputError(f"weights must be 'pretrained' or 'random', got {weights!r}")
@@ -205,6 +211,13 @@ def load(
     entry = find(name)
     kind = dtype or pick_dtype(place)
     model, fingerprint = entry.load(None if path is None else Path(path), weights, place, kind)
+    if compile:
+        if not isinstance(model, Compilable):
+            raise InputError(f"{entry.name!r} cannot be compiled; load it with compile=False")
+        if place.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+            raise InputError("compile=True needs a C++ compiler on a CPU, and none is found (c++, g++, clang++ or CXX)")
+        model.compile()
     file = None if path is None else str(Path(path).resolve())  # a save may be opened from another folder
-    source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, str(kind).removeprefix("torch."))
+    precision = str(kind).removeprefix("torch.")
+    source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, precision, compile)
     return Engine(model, source, settings)

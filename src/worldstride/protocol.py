@@ -130,6 +130,15 @@ Inputs = Any
 
 
 @runtime_checkable
+class Compilable(Protocol):
+    """A model that `torch.compile` makes faster. No model needs to be one."""
+
+    def compile(self) -> None:
+        """Have what runs often compiled when it first runs; results may then differ in their last bits."""
+        ...
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """Latents to frames and back, streaming: the caller carries the state."""
 

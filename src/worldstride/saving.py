@@ -63,7 +63,8 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
         source = EngineSource(**header["engine"])
         controls = ControlSettings(**_tuples(header["controls"]))
         if engine is None:
-            engine = load(source.model, source.path, source.weights, device, dtype=getattr(torch, source.dtype))
+            dtype = getattr(torch, source.dtype)
+            engine = load(source.model, source.path, source.weights, device, dtype=dtype, compile=source.compiled)
             engine.controls = controls
         if engine.source.model != source.model:
             raise SaveFileError(f"{path} is a world of model {source.model!r}; the engine runs {engine.source.model!r}")
@@ -77,6 +78,9 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
                 f"{path} was made in {source.dtype}, the engine computes in {engine.source.dtype}; it would not go on "
                 "bit for bit"
             )
+        if engine.source.compiled != source.compiled:
+            made, given = ("compiled" if c else "not compiled" for c in (source.compiled, engine.source.compiled))
+            raise SaveFileError(f"{path} was made by a model {made}, the engine's is {given}; give one that is {made}")
         state = _state(header, tensors, engine)
         found, expected = list(tensors["latents"].shape[1:]), list(engine.model.latent_shape)
         if found != expected:

@@ -31,7 +31,8 @@ if options["threads"]:
     torch.set_num_threads(options["threads"])
 imported = time.perf_counter()
 dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
-engine = worldstride.load(options["model"], options["path"], options["weights"], options["device"], dtype=dtype)
+place, compiled = options["device"], options["compile"]
+engine = worldstride.load(options["model"], options["path"], options["weights"], place, dtype=dtype, compile=compiled)
 loaded = time.perf_counter()
 session = engine.new(seed=0)
 session.step()
@@ -108,7 +109,7 @@ def time_to_first_frame(engine: Engine, dtype: str | None, threads: int | None) 
     source = engine.source
     options = {
         "model": source.model, "path": source.path, "weights": source.weights, "device": str(engine.device),
-        "dtype": dtype, "threads": threads,
+        "dtype": dtype, "threads": threads, "compile": source.compiled,
     }  # fmt: skip
     begin = time.perf_counter()
     child = subprocess.run(

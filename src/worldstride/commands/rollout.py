@@ -112,6 +112,8 @@ class Rollout:
             raise InputError("a saved world knows its seed and family; leave out --seed and --family beside --from")
         if self.engine.dtype is not None:
             raise InputError(f"a saved world goes on in its own precision; leave out --dtype {self.engine.dtype}")
+        if self.engine.compile:
+            raise InputError("a saved world goes on as it was made, compiled or not; leave out --compile")
         asked = self.engine.path is not None or self.engine.weights == "random"
         session = open_session(self.source, self.engine.device, self.engine.load(self.model) if asked else None)
         if session.engine.source.model != self.model:
