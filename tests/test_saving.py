@@ -85,7 +85,7 @@ def test_a_save_is_never_continued_by_something_else(saved: Path, tiny_engine: E
 
 def test_a_save_of_another_size_is_refused(saved: Path, full_engine: Engine):
     source = EngineSource("courtyard", None, "random", "tiny")
-    with pytest.raises(SaveFileError, match=r"holds latents of shape \[4, 432\]"):
+    with pytest.raises(SaveFileError, match=r"holds latents of shape \[6, 288\]"):
         worldstride.open(saved, engine=Engine(full_engine.model, source, Acceleration()))
 
 

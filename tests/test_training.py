@@ -166,7 +166,7 @@ def test_a_run_starts_from_weights_of_its_own_configuration_only(
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in trainer.network.state_dict().items())
     assert all(p.requires_grad for p in trainer.network.parameters())
     # with other patches everything that does not see pixels is as it was
-    narrow = replace(trained.config, patch_width=8)
+    narrow = replace(trained.config, patch_width=12)
     other = miniature(training, initial=smoke / "weights.safetensors", model=narrow).network.state_dict()
     kept = {k for k, v in trained.state_dict().items() if v.shape == other[k].shape}
     assert all(torch.equal(other[k], trained.state_dict()[k]) for k in kept)
@@ -177,9 +177,9 @@ def test_a_run_starts_from_weights_of_its_own_configuration_only(
 
 
 def test_smaller_patches_begin_as_the_middle_of_larger_ones(training: SimpleNamespace):
-    network = random_network(SMALL)  # patches of 12 x 12
-    narrow = replace(SMALL, patch_height=6, patch_width=8)
-    state = training.repatch.repatched(network.state_dict(), SMALL, narrow)
+    square, narrow = replace(SMALL, patch_width=12), replace(SMALL, patch_height=6)  # 12 x 12 and 6 x 8
+    network = random_network(square)
+    state = training.repatch.repatched(network.state_dict(), square, narrow)
     smaller = random_network(narrow)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in smaller.state_dict().items()}
     smaller.load_state_dict(state)
@@ -191,19 +191,19 @@ def test_smaller_patches_begin_as_the_middle_of_larger_ones(training: SimpleName
     whole, middle = network.out(x).view(-1, 12, 12), smaller.out(x).view(-1, 6, 8)
     torch.testing.assert_close(middle, whole[:, 3:9, 2:10])
     assert torch.equal(state["blocks.0.q.weight"], network.blocks[0].q.weight)
-    larger = training.repatch.repatched(smaller.state_dict(), narrow, SMALL)
+    larger = training.repatch.repatched(smaller.state_dict(), narrow, square)
     assert not {"clean_in.weight", "noisy_in.weight", "out.weight", "out.bias"} & larger.keys()
     assert larger["place"].shape == network.place.shape
 
 
 def test_noise_and_errors_are_what_they_say(training: SimpleNamespace):
-    levels = torch.randint(0, 256, (2, 3, 4, 4, 432), dtype=torch.uint8)
+    levels = torch.randint(0, 256, (2, 3, 4, 6, 288), dtype=torch.uint8)
     noise, amount = torch.randn(levels.shape), torch.rand(2, 3)
     noisy, clean = training.objective.noised(levels, noise, amount)
     wide = amount[..., None, None, None]
     torch.testing.assert_close(clean, levels / 127.5 - 1)
     torch.testing.assert_close(noisy, (1 - wide) * (levels / 127.5 - 1) + wide * noise)
-    config = replace(SMALL, patch_width=8)  # 2 rows and 3 columns of patches
+    config = SMALL  # 2 rows and 3 columns of patches
     difference = torch.randn(2, 3, 4, 3, 24, 24)
     target = torch.randn(2, 3, 4, 6, 288)
     predicted = target + patchify(difference, config.patch)

@@ -30,7 +30,7 @@ class ModelEntry:
     """(path, weights, device, dtype) -> model and the SHA-256 of its weights."""
 
 
-MODELS: tuple[ModelEntry, ...] = (ModelEntry("courtyard", "7.6 M", "in the package", "Apache-2.0", load_courtyard),)
+MODELS: tuple[ModelEntry, ...] = (ModelEntry("courtyard", "7.4 M", "in the package", "Apache-2.0", load_courtyard),)
 
 
 def find(name: str) -> ModelEntry:

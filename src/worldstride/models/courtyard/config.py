@@ -19,7 +19,7 @@ class CourtyardConfig:
     """Frame height and width in pixels."""
     patch_height: int = 12
     """Height of a patch in pixels; one token a patch."""
-    patch_width: int = 12
+    patch_width: int = 8
     """Width of a patch in pixels."""
     width: int = 256
     """Channels of a token."""
