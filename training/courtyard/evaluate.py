@@ -49,6 +49,8 @@ class Settings:
     """Plain worlds."""
     courtyard: int = 128
     """Full worlds, and corridors."""
+    walk: int = 512
+    """Frames of the full world's walks in which the camera comes back."""
     loop: int = 64
     """Worlds in closed loop."""
     chunks: int = 32
@@ -71,7 +73,7 @@ class Evaluation:
     """Collects rows and prints them."""
 
     def __init__(self, settings: Settings) -> None:
-        small = replace(settings, plain=4, courtyard=2, loop=2, chunks=3, drift=4)
+        small = replace(settings, plain=4, courtyard=2, walk=40, loop=2, chunks=3, drift=4)
         self.s = small if settings.smoke else settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, self.fingerprint = read_network(settings.weights or shipped())
@@ -294,7 +296,7 @@ PARTS: dict[str, Callable[[Evaluation], None]] = {
     "drift": lambda e: e.drifting(),
     "courtyard-returning": lambda e: e.returning("courtyard"),
     "courtyard": lambda e: e.more_schedules(e.teacher_forced("courtyard", e.s.courtyard), "courtyard"),
-    "courtyard-coming-back": lambda e: e.teacher_forced("courtyard", e.s.courtyard, 40 if e.s.smoke else 512),
+    "courtyard-coming-back": lambda e: e.teacher_forced("courtyard", e.s.courtyard, e.s.walk),
     "plain": lambda e: e.more_schedules(e.teacher_forced("plain", e.s.plain), "plain"),
     "plain-returning": lambda e: e.returning("plain"),
     "corridor": lambda e: e.more_schedules(e.teacher_forced("corridor", e.s.courtyard), "corridor"),
