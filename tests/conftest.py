@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -41,3 +46,12 @@ def joint() -> Engine:
 def guided() -> Engine:
     """The joint model with two guidance branches and float32 storage."""
     return joint_engine(JointModel(torch.float32, guidance=3.0))
+
+
+@pytest.fixture(scope="module")
+def training() -> Iterator[SimpleNamespace]:
+    """The trainer's modules, as its scripts see each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "training" / "courtyard"))
+        names = ("checkpoint", "data", "group", "objective", "optimizer", "repatch", "retriever", "train")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})

@@ -17,6 +17,7 @@ from torch import Tensor
 import worldstride
 from worldstride import rope, worlds
 from worldstride.attention import attend, reference
+from worldstride.attention.dense import SAMPLED
 from worldstride.camera import camera_from_pose, intrinsics_from_fov, rays
 from worldstride.errors import InputError
 from worldstride.models.courtyard import geometry as geometry_of
@@ -30,7 +31,14 @@ from worldstride.models.courtyard.geometry import (
     geometry,
     projective_channels,
 )
-from worldstride.models.courtyard.model import CourtyardNetwork, parameter_count, patchify, unpatchify
+from worldstride.models.courtyard.model import (
+    CourtyardNetwork,
+    map_by_products,
+    map_by_sums,
+    parameter_count,
+    patchify,
+    unpatchify,
+)
 from worldstride.models.courtyard.weights import random_network, read_network
 from worldstride.protocol import Conditions
 
@@ -83,6 +91,18 @@ def test_large_scores_in_half_precision_keep_what_tells_them_apart():
 
     naive = torch.matmul((torch.matmul(q, k.mT) / 8).softmax(-1), v)
     assert error(attend(q, k, v)) < 0.02 < 0.1 < error(naive)
+    # keys among which the greatest score is sought may lie far below all others: nothing is lost then
+    k[..., 0] = torch.where(torch.arange(500) % SAMPLED == 0, -40.0, 0.0)
+    truth = reference(q, k, v)
+    assert error(attend(q, k, v)) < 0.02
+
+
+def test_projective_matrices_are_applied_alike_both_ways():
+    part, matrix = normal(2, 3, 4, 5, 16), normal(2, 4, 4, 4, seed=1)  # 4 frames of 5 tokens
+    truth = torch.einsum("bfij,bhfngj->bhfngi", matrix, part.unflatten(-1, (-1, 4))).flatten(4)
+    for way in (map_by_products, map_by_sums):
+        torch.testing.assert_close(way(part, matrix), truth)
+        assert way(part.bfloat16(), matrix).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,14 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and native is not None and native() else torch.float32
 
 
+def _check_compiler(device: torch.device) -> None:
+    """Refuse to compile without the compiler that torch would call: C++ for a CPU, C for Triton's launchers."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    names = [os.environ.get("CXX") or usual] if device.type == "cpu" else [os.environ.get("CC") or "gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        raise InputError(f"compile=True needs a compiler for {device.type}, and {' or '.join(names)} is not found")
+
+
 def load(
     name: str,
     path: str | Path | None = None,
@@ -203,20 +212,21 @@ def load(
     `name` is one of `worldstride models`; `path` points at a checkpoint where the model does not ship; weights
     "random" are seeded and measure speed, never quality. `device` defaults to a GPU where there is one, `dtype` to
     what the device multiplies natively. `compile` has `torch.compile` make the model faster: the first chunks then take
-    long, and a CPU needs a C++ compiler. Raises `InputError` on unknown names, `CheckpointError` on bad files.
+    long, and a compiler is needed (on a CPU `CXX` or g++). Raises `InputError` on unknown names, `CheckpointError` on
+    bad files.
     """
     if weights not in get_args(Weights):
         raise InputError(f"weights must be 'pretrained' or 'random', got {weights!r}")
     place, settings = pick_device(device), resolve(acceleration)
     entry = find(name)
     kind = dtype or pick_dtype(place)
+    if compile:
+        _check_compiler(place)
     model, fingerprint = entry.load(None if path is None else Path(path), weights, place, kind)
     if compile:
         if not isinstance(model, Compilable):
             raise InputError(f"{entry.name!r} cannot be compiled; load it with compile=False")
-        if place.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-            raise InputError("compile=True needs a C++ compiler on a CPU, and none is found (c++, g++, clang++ or CXX)")
-        model.compile()
+        model.compile_passes()
     file = None if path is None else str(Path(path).resolve())  # a save may be opened from another folder
     precision = str(kind).removeprefix("torch.")
     source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, precision, compile)

@@ -133,7 +133,7 @@ Inputs = Any
 class Compilable(Protocol):
     """A model that `torch.compile` makes faster. No model needs to be one."""
 
-    def compile(self) -> None:
+    def compile_passes(self) -> None:
         """Have what runs often compiled when it first runs; results may then differ in their last bits."""
         ...
 

@@ -9,7 +9,7 @@ from worldstride.models.courtyard.config import CourtyardConfig
 
 
 def noised(levels: Tensor, noise: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames uint8 [B, ...] with `amount` [B] of the noise laid over them, and without: both in the noise's precision.
+    """Frames uint8 [lead, ...] with `amount` [lead] of the noise laid over, and without: both in the noise's precision.
 
     (1 - amount) frame + amount noise, computed in float32.
     """

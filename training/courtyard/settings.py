@@ -12,7 +12,7 @@ from worldstride.models.courtyard.config import CourtyardConfig
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run; the defaults are those of the shipped weights."""
+    """All settings of a run; the model card tells which of them the shipped weights changed."""
 
     out: Path = Path("out/training")
     """Where weights, state and log go."""

@@ -101,7 +101,7 @@ class Trainer:
         if replace(given.config, **free) != model:
             raise ValueError(f"{file} holds {given.config}, the run is for {model}; only {list(free)} may differ")
         state = repatched(given.state_dict(), given.config, model)
-        fitting = {k: v for k, v in state.items() if v.shape == mine[k].shape}
+        fitting = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
         self.network.load_state_dict(mine | fitting)
         fresh = sorted(mine.keys() - fitting.keys())
         self.log(f"started from {file.name}; drawn anew: {', '.join(fresh) or 'nothing'}")

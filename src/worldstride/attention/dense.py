@@ -10,8 +10,8 @@ from torch import Tensor
 
 QUERY_BLOCK = 256
 """Queries whose scores are held at once in `blocked`; a block's scores then stay in the cache."""
-SAMPLED = 4
-"""`blocked` seeks the greatest score of a query among every so many keys."""
+SAMPLED = 5
+"""`blocked` seeks the greatest score of a query among every so many keys; prime to usual grids of tokens."""
 
 
 class Attend(Protocol):
@@ -36,14 +36,15 @@ def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same by matrix products a block of queries; scores are rounded to the inputs' precision.
 
     Rounding is relative, so large scores would lose what tells them apart. Each query's greatest score against some of
-    the keys is therefore taken away inside the product, as one more channel, before anything is rounded.
+    the keys is therefore taken away inside the product, as one more channel, before anything is rounded. A peak below
+    zero is left alone: then no score that matters can end up farther from zero than it was.
     """
     scale = q.shape[-1] ** -0.5
     some, parts = k[:, :, ::SAMPLED].mT, []
     keys = torch.cat([k, torch.ones_like(k[..., :1])], -1).mT  # [B, H, E + 1, Nk]
     for part in q.split(QUERY_BLOCK, 2):
         part = part * scale
-        peak = torch.matmul(part, some).amax(-1, keepdim=True)
+        peak = torch.matmul(part, some).amax(-1, keepdim=True).clamp_min(0)
         parts.append(torch.matmul(torch.matmul(torch.cat([part, -peak], -1), keys).softmax(-1), v))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 

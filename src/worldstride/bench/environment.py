@@ -24,7 +24,7 @@ def environment(device: torch.device, command: str) -> dict[str, object]:
     }
 
 
-def engine_facts(engine: Engine) -> dict[str, str | None]:
+def engine_facts(engine: Engine) -> dict[str, str | bool | None]:
     """Model, weights and number format as plain values for JSON; of a path only the name, which travels."""
     path = engine.source.path
     return {**asdict(engine.source), "path": None if path is None else Path(path).name}

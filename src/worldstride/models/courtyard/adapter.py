@@ -21,7 +21,8 @@ from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
 FULL_STEPS = 8
 """Solver steps at full compute."""
 SHIFTS = {2: 5.0, 4: 4.0, 8: 3.0}
-"""Schedule shifts by number of steps that measured best; every other number of steps runs unshifted."""
+"""Schedule shifts by number of steps, chosen by measurement (energy score and revisits against what is new and looked
+away at); every other number of steps runs unshifted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class CourtyardModel:
         self.decoder = PatchCodec(network.config, self.device)
         self.intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW)
 
-    def compile(self) -> None:
+    def compile_passes(self) -> None:
         """Compile blocks and refinement; every size of the context once, seconds each, when it is first met."""
         torch._dynamo.config.recompile_limit = max(
             64, torch._dynamo.config.recompile_limit

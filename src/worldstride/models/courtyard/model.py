@@ -105,13 +105,20 @@ class Block(nn.Module):
         """The first `projective` channels of x [B, heads, F n, e] by one 4x4 matrix [B, F, 4, 4] a frame."""
         p, frames = self.projective, matrix.shape[1]
         part = x[..., :p].unflatten(2, (frames, -1))  # [B, heads, F, n, p]
-        if x.is_cuda:  # a compiler fuses this; matrix units are wasted on 4x4
-            groups = part.unflatten(-1, (-1, 1, 4))
-            mapped = (matrix[:, None, :, None, None] * groups).sum(-1).to(x.dtype).flatten(-2)
-        else:
-            mapped = (part.flatten(3).unflatten(-1, (-1, 4)) @ matrix.to(x.dtype).mT[:, None]).view(part.shape)
-        mapped = mapped.flatten(2, 3)
+        # a compiler fuses sums, and matrix units are wasted on 4x4; on a CPU the product is faster
+        mapped = (map_by_sums if x.is_cuda else map_by_products)(part, matrix).flatten(2, 3)
         return mapped if x.shape[-1] == p else torch.cat([mapped, x[..., p:]], -1)
+
+
+def map_by_products(part: Tensor, matrix: Tensor) -> Tensor:
+    """Every four channels of part [B, heads, F, n, p] by one 4x4 matrix [B, F, 4, 4] a frame, in part's precision."""
+    return (part.flatten(3).unflatten(-1, (-1, 4)) @ matrix.to(part.dtype).mT[:, None]).view(part.shape)
+
+
+def map_by_sums(part: Tensor, matrix: Tensor) -> Tensor:
+    """The same, summed in the matrix's precision."""
+    groups = part.unflatten(-1, (-1, 1, 4))
+    return (matrix[:, None, :, None, None] * groups).sum(-1).to(part.dtype).flatten(-2)
 
 
 class Refine(nn.Module):
