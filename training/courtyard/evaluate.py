@@ -29,6 +29,7 @@ from torch import Tensor
 
 from worldstride import worlds
 from worldstride.bench import metrics
+from worldstride.bench.environment import hardware
 from worldstride.bench.results import write_json
 from worldstride.bench.walks import FIRST_SEED
 from worldstride.engine import pick_dtype
@@ -264,11 +265,12 @@ class Evaluation:
 
     def save(self) -> None:
         """Write the part's rows."""
-        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if cuda else hardware(self.device)["cpu"]
         facts = {
             "command": "python training/courtyard/evaluate.py " + " ".join(sys.argv[1:]),
             "date": datetime.date.today().isoformat(),
-            "device": gpu,
+            "device": name,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": commit(),
