@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "noise": set(),
-    "acceleration": {"errors"},
+    "acceleration": {"context", "errors"},
     "atomic": {"errors"},
     "control": {"errors"},
     "savefile": {"atomic", "errors"},

@@ -56,7 +56,7 @@ def test_acceleration_from_a_file(tiny_engine: Engine, tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": 3}', r"mine.json: unknown setting 'step'; known: name, steps"),
+        ('{"step": 3}', r"mine.json: unknown setting 'step' .did you mean 'steps'.*; known: name, steps"),
         ("[1]", "must be a JSON object"),
         ("{", "cannot read acceleration settings"),
         ('{"steps": 0}', "acceleration.steps must be an integer of at least 1, got 0"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
+from worldstride.context.policy import SpatialMemory, TemporalWindow
 from worldstride.errors import InputError
 
 
@@ -24,6 +27,10 @@ class Acceleration:
     """Most recent latents to attend to, at most the model's own number."""
     memory: int | None = None
     """Retrieved latents to attend to, at most the model's own number; 0 forgets everything but window and sink."""
+    temporal: TemporalWindow | None = None
+    """Let the window follow the scene's changes; `window` then bounds it."""
+    spatial: SpatialMemory | None = None
+    """Attend to retrieved memory on a revisit only; `memory` then bounds it."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("window", 1), ("memory", 0)):
@@ -44,13 +51,26 @@ class Acceleration:
     @classmethod
     def from_json(cls, values: object, source: str = "acceleration") -> Acceleration:
         """Undo `to_json`; `InputError` names an unknown setting and the known ones."""
-        if not isinstance(values, dict):
-            raise InputError(f"{source} must be a JSON object of settings, got {type(values).__name__}")
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise InputError(f"{source}: unknown setting {key!r}; known: {', '.join(known)}")
-        return cls(**values)
+        return _from_json(cls, values, source)
+
+
+_Settings = TypeVar("_Settings")
+_BRANCHES: dict[str, type] = {"temporal": TemporalWindow, "spatial": SpatialMemory}
+"""Settings that are settings themselves."""
+
+
+def _from_json(kind: type[_Settings], values: object, source: str) -> _Settings:
+    if not isinstance(values, dict):
+        raise InputError(f"{source} must be a JSON object of settings, got {type(values).__name__}")
+    known = [f.name for f in fields(cast(Any, kind))]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InputError(f"{source}: unknown setting {key!r}{hint}; known: {', '.join(known)}")
+    branches = {k: v if v is None else _from_json(_BRANCHES[k], v, f"{source}.{k}") for k, v in values.items()
+                if k in _BRANCHES and kind is Acceleration}  # fmt: skip
+    return kind(**{**values, **branches})
 
 
 PRESETS: dict[str, Acceleration] = {

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from worldstride import worlds
 from worldstride.acceleration import Acceleration
+from worldstride.context.dynamics import Dynamics
 from worldstride.context.history import History, Remembered
+from worldstride.context.policy import PolicyState
 from worldstride.control import Action, ControlSettings
 from worldstride.engine import Engine, EngineSource, load
 from worldstride.errors import SaveFileError, WorldstrideError
@@ -45,6 +47,7 @@ def save_session(
         "chunk": state.chunk,
         "frame": state.frame,
         "world": state.world,
+        "policy": asdict(state.policy),
         "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink},
         "indices": [e.index for e in entries],
         "actions": [None if e.action is None else e.action.to_json() for e in entries],
@@ -128,7 +131,16 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
         prompt={k.removeprefix("prompt."): v.to(engine.device) for k, v in tensors.items() if k.startswith("prompt.")},
         intrinsics=tensors.get("intrinsics"),
         world=None if world is None else (str(world[0]), int(world[1])),
+        policy=_policy(header.get("policy")),
     )
+
+
+def _policy(values: Mapping[str, Any] | None) -> PolicyState:
+    if values is None:  # saved before there were policies
+        return PolicyState()
+    average, changes = values["dynamics"]["average"], values["dynamics"]["changes"]
+    dynamics = Dynamics(None if average is None else float(average), tuple(float(c) for c in changes))
+    return PolicyState(dynamics, bool(values["revisiting"]))
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

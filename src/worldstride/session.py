@@ -17,7 +17,9 @@ from worldstride.acceleration import Acceleration, resolve
 from worldstride.attention import attend
 from worldstride.camera import check_cameras
 from worldstride.context.history import History
-from worldstride.context.selection import ContextPlan, select
+from worldstride.context.policy import PolicyState, plan_context
+from worldstride.context.selection import ContextPlan
+from worldstride.context.similarity import View
 from worldstride.control import Action, actions_per_frame
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import InputError
@@ -61,6 +63,8 @@ class SessionState:
     """Normalised intrinsics [3, 3] of this world's cameras; None takes the model's own."""
     world: tuple[str, int] | None = None
     """Family and seed of the procedural world, where there is one."""
+    policy: PolicyState = field(default_factory=PolicyState)
+    """What accelerating policies remember from chunk to chunk."""
 
 
 class Session:
@@ -71,6 +75,7 @@ class Session:
     ) -> None:
         self.engine, self._state, self._navigator = engine, state, navigator
         self._acceleration = resolve(acceleration)
+        self._views: dict[object, View] = {}  # made of settings and intrinsics alone, so no part of the state
 
     @property
     def acceleration(self) -> Acceleration:
@@ -125,9 +130,10 @@ class Session:
         clock.lap("control")
         intrinsics = model.intrinsics if own_intrinsics is None else own_intrinsics
         settings = self._acceleration
-        context_plan, signals = select(
-            state.history, shape, frame_cameras, state.points, intrinsics, settings.window, settings.memory
-        )
+        context_plan, signals, policy = plan_context(
+            state.history, shape, frame_cameras, state.points, intrinsics, state.policy, settings.window,
+            settings.memory, settings.temporal, settings.spatial, self._view(intrinsics),
+        )  # fmt: skip
         plan = DenoisePlan(model.sampler(settings.steps, settings.shift), _reason(settings))
         clock.lap("select")
         context = self._encode(context_plan, shape)
@@ -151,7 +157,7 @@ class Session:
         # one assignment: whatever interrupts a step, the session is the one before it or the one after it
         self._state = replace(
             state, history=history, decoder=decoder, camera=frame_cameras[-1].clone(), chunk=state.chunk + 1,
-            frame=state.frame + shape.frames, intrinsics=own_intrinsics,
+            frame=state.frame + shape.frames, intrinsics=own_intrinsics, policy=policy,
         )  # fmt: skip
         return Chunk(pictures, frame_cameras.numpy().copy(), report)
 
@@ -200,6 +206,16 @@ class Session:
         if len(given) != frames:
             raise InputError(f"chunk {self._state.chunk} has {frames} frames, got {len(given)} cameras")
         return given.clone(), ()
+
+    def _view(self, intrinsics: Tensor) -> View | None:
+        """The view that the spatial gate looks through, made once for its settings and intrinsics."""
+        spatial = self._acceleration.spatial
+        if spatial is None:
+            return None
+        key = (spatial, tuple(intrinsics.flatten().tolist()))
+        if key not in self._views:
+            self._views = {key: spatial.look(intrinsics)}
+        return self._views[key]
 
     def _encode(self, plan: ContextPlan, shape: ChunkShape) -> Context:
         model, history = self.engine.model, self._state.history

@@ -22,6 +22,14 @@ class Signals:
     """Pose similarity to the newest latent."""
     candidates: int
     """Latents that could have been retrieved."""
+    change: float | None = None
+    """Mean squared change between the last two finished chunks; None where no policy asked."""
+    dynamics: float | None = None
+    """Its moving average."""
+    old_clip: float | None = None
+    """Pose similarity of the best old clip; None where no policy asked or there is none."""
+    newest_clip: float | None = None
+    """Pose similarity of the newest clip; None where no policy asked."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class ContextPlan:
 
 def select(
     history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor,
-    window: int | None = None, memory: int | None = None,
+    window: int | None = None, memory: int | None = None, reason: str = "full compute",
 ) -> tuple[ContextPlan, Signals]:  # fmt: skip
     """Plan a chunk with cameras coming [F, 4, 4]; `window` and `memory` reduce what full compute would keep.
 
@@ -78,10 +86,5 @@ def select(
             picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count)[0].sort().values
             chosen = [candidates[i] for i in picks.tolist()]
             similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
-    plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), _reason(window, memory))
+    plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), reason)
     return plan, Signals(similarity, newest, len(candidates))
-
-
-def _reason(window: int | None, memory: int | None) -> str:
-    asked = [f"{name} {n}" for name, n in (("window", window), ("memory", memory)) if n is not None]
-    return f"{' and '.join(asked)} asked for" if asked else "full compute"

@@ -1,0 +1,107 @@
+"""Pose similarity: how much of what a camera will see did a remembered camera see?
+
+S(query, memory) is the share of sample points in the query's view that lie in the memory's view too, in [0, 1]. The
+points are drawn once, in the camera's own space, so that a call over a whole history is one batched transform.
+Two ways of drawing: `ball_view`, the published one (Light Interaction, arXiv 2605.31158, eq. 4, on HY-WorldPlay: points
+uniform in a ball around the camera, views bounded by angles and a radius), and `frustum_view` (Matrix-Game-3.0: a
+grid through the reference frustum, views bounded by the image and two depths).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldstride import camera
+from worldstride.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a camera sees, as sample points and as a test."""
+
+    points: Tensor
+    """Points in view [P, 3], in the camera's space, metres."""
+    tangent_x: float
+    """Tangent of half the horizontal field of view."""
+    tangent_y: float
+    """Tangent of half the vertical field of view, times the cosine of the azimuth where `angular`."""
+    reach: float
+    """Farthest distance (where `angular`) or depth that counts as seen, metres."""
+    near: float = 0.0
+    """Least depth that counts as seen, metres."""
+    angular: bool = False
+    """Bound by azimuth, elevation and distance instead of by image plane and depth."""
+
+    def contains(self, points: Tensor) -> Tensor:
+        """Whether points [..., 3] in camera space are in view: bool [...]."""
+        x, y, z = points.unbind(-1)
+        wide = x.abs() <= self.tangent_x * z
+        if self.angular:  # elevation is measured from the horizontal plane through the camera's axis
+            flat = (x * x + z * z).sqrt()
+            return wide & (z > 0) & (y.abs() <= self.tangent_y * flat) & (points.square().sum(-1) < self.reach**2)
+        return wide & (y.abs() <= self.tangent_y * z) & (z > self.near) & (z < self.reach)
+
+
+def ball_view(
+    generator: torch.Generator, count: int = 50_000, radius: float = 8.0, width: float = 60.0, height: float = 35.0
+) -> View:
+    """Monte-Carlo points uniform in a ball of `radius` metres; field of view `width` x `height` degrees.
+
+    Of `count` points only those in view are kept (about 3 %), since only they enter the similarity.
+    """
+    _check_angles(width, height)
+    if count < 1 or radius <= 0:
+        raise InputError(f"a ball view needs at least one point and a radius above 0 metres, got {count} and {radius}")
+    direction = torch.randn(count, 3, generator=generator)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    points = direction * radius * torch.rand(count, 1, generator=generator) ** (1 / 3)
+    whole = View(points, _tangent(width), _tangent(height), radius, angular=True)
+    seen = points[whole.contains(points)]
+    if not len(seen):
+        raise InputError(f"none of {count} points lies in a view of {width} x {height} degrees; draw more")
+    return View(seen, whole.tangent_x, whole.tangent_y, radius, angular=True)
+
+
+def frustum_view(
+    columns: int = 10, rows: int = 10, depths: int = 10, near: float = 0.1, far: float = 30.0,
+    width: float = 90.0, height: float = 90.0,
+) -> View:  # fmt: skip
+    """A grid of columns x rows x depths points through the frustum, depths evenly spaced from near to far metres."""
+    _check_angles(width, height)
+    if min(columns, rows, depths) < 1 or not 0 <= near < far:
+        raise InputError(
+            f"a frustum view needs a grid of at least one point and 0 <= near < far, got {columns} x {rows} x {depths} "
+            f"from {near} to {far} metres"
+        )
+    u, v, d = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in (columns, rows, depths)), indexing="ij")
+    z = near + (far - near) * d
+    tangent_x, tangent_y = _tangent(width), _tangent(height)
+    points = torch.stack([(2 * u - 1) * tangent_x * z, (2 * v - 1) * tangent_y * z, z], -1).flatten(0, 2)
+    return View(points, tangent_x, tangent_y, far, near)
+
+
+def similarity(queries: Tensor, memory: Tensor, view: View) -> Tensor:
+    """Pose similarity [Q, N] of coming cameras [Q, 4, 4] to remembered ones [N, 4, 4]."""
+    points = view.points.to(queries)
+    relative = camera.invert(memory)[None] @ queries[:, None]  # [Q, N, 4, 4]: query's space -> memory's space
+    seen = torch.einsum("qnij,pj->qnpi", relative[..., :3, :3], points) + relative[..., None, :3, 3]
+    return view.contains(seen).float().mean(-1)
+
+
+def clip_similarity(per_latent: Tensor, clip: int) -> Tensor:
+    """Similarity [N // clip] of whole clips: mean over queries and over a clip's latents of per_latent [Q, N]."""
+    whole = per_latent.shape[1] // clip
+    return per_latent[:, : whole * clip].unflatten(1, (whole, clip)).mean((0, 2))
+
+
+def _tangent(degrees: float) -> float:
+    return math.tan(math.radians(degrees) / 2)
+
+
+def _check_angles(width: float, height: float) -> None:
+    if not (0 < width < 180 and 0 < height < 180):
+        raise InputError(f"a field of view must lie between 0 and 180 degrees, got {width} x {height}")

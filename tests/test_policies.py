@@ -1,0 +1,238 @@
+"""Signals before a chunk, and the policies that shorten its context by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import worldstride
+from walking import FORWARD, TURN, same
+from worldstride import Acceleration, Action, Engine
+from worldstride.camera import camera_from_pose, intrinsics_from_fov
+from worldstride.context.dynamics import Dynamics, latent_change, window_length
+from worldstride.context.gate import Gate
+from worldstride.context.history import History
+from worldstride.context.policy import PolicyState, SpatialMemory, TemporalWindow, plan_context
+from worldstride.context.retrieval import frustum_points
+from worldstride.context.selection import select
+from worldstride.context.similarity import View, ball_view, clip_similarity, frustum_view, similarity
+from worldstride.errors import InputError
+from worldstride.noise import stream
+from worldstride.protocol import ChunkShape
+
+K = intrinsics_from_fov(math.radians(80))
+VIEWS = {"ball": ball_view(torch.Generator().manual_seed(0)), "frustum": frustum_view(far=8.0)}
+
+
+def ahead(i: Tensor) -> Tensor:
+    """Cameras 0.08 m apart, the published step of a walk."""
+    return camera_from_pose(torch.stack([0 * i, 0.08 * i, 0 * i, 0 * i], -1))
+
+
+def turning(i: Tensor) -> Tensor:
+    """Cameras 3 degrees apart, the published step of a turn."""
+    return camera_from_pose(torch.stack([0 * i, 0 * i, math.radians(3) * i, 0 * i], -1))
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_similarity_is_the_share_of_points_that_both_see(view: View):
+    poses = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 1.0, 1.0, 0.1])
+    where = camera_from_pose(poses)
+    found = similarity(where[:2], where, view)
+    assert found.shape == (2, 7)
+    assert found[0, 0] == found[1, 1] == 1
+    assert bool(view.contains(view.points).all())
+    for q in range(2):
+        for n in range(7):
+            lifted = torch.cat([view.points, torch.ones(len(view.points), 1)], -1).double()
+            local = (torch.linalg.inv(where[n].double()) @ where[q].double() @ lifted.T).T[:, :3]
+            assert float(found[q, n]) == pytest.approx(float(view.contains(local).float().mean()), abs=2e-3)
+    behind = camera_from_pose(torch.tensor([[0.0, 0.0, math.pi, 0.0]]))
+    assert float(similarity(camera_from_pose(torch.zeros(1, 4)), behind, view)) == 0
+
+
+@pytest.mark.parametrize(("walk", "back", "published"), [(turning, 4, 0.775), (turning, 8, 0.584), (ahead, 8, 0.775)])
+def test_the_ball_gives_the_published_similarities(walk: Callable[[Tensor], Tensor], back: int, published: float):
+    queries, clip = walk(torch.arange(20.0, 24)), walk(torch.tensor([20.0 - back, 22.0 - back]))
+    assert float(similarity(queries, clip, VIEWS["ball"]).mean()) == pytest.approx(published, abs=0.03)
+
+
+def test_the_ball_is_bounded_by_angles_and_by_its_radius():
+    view = ball_view(torch.Generator().manual_seed(3), radius=2.0)
+    x, y, z = view.points.unbind(-1)
+    assert float(torch.atan2(x, z).abs().max()) == pytest.approx(math.radians(30), abs=0.05)
+    assert float(torch.atan2(y, (x * x + z * z).sqrt()).abs().max()) == pytest.approx(math.radians(17.5), abs=0.05)
+    assert 1.8 < float(view.points.norm(dim=-1).max()) <= 2
+    # uniform in the ball: the cube of the distance is uniform
+    assert float((view.points.norm(dim=-1) / 2).pow(3).mean()) == pytest.approx(0.5, abs=0.03)
+    assert 1200 < len(view.points) < 4000  # of 50 000: the view's share of all directions
+
+
+def test_clips_are_averaged_and_a_cut_one_is_left_out():
+    per_latent = torch.arange(10.0).expand(2, 10)
+    assert clip_similarity(per_latent, 4).tolist() == [1.5, 5.5]
+    assert clip_similarity(per_latent[:, :3], 4).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("old", "newest", "open_before", "published", "relative"),
+    [
+        (0.775, 0.877, False, True, False),  # walking straight on: the published gate takes it for a revisit
+        (0.584, 0.775, False, False, False),  # turning over new ground
+        (0.93, 0.77, False, True, True),  # coming back
+        (0.66, 0.60, False, False, False),
+        (0.66, 0.60, True, False, True),  # once open, it eases
+        (None, 0.9, True, False, False),
+    ],
+)
+def test_the_gate(old: float | None, newest: float, open_before: bool, published: bool, relative: bool):
+    assert Gate(0.7).decide(old, newest, open_before) is published
+    assert Gate(0.7, 0.05, 0.05).decide(old, newest, open_before) is relative
+
+
+def test_dynamics_follow_the_equations():
+    state = Dynamics()
+    assert window_length(state, 8, 1.0) == 8
+    for change in (2.0, 4.0, 1.0):
+        state = state.observe(change, 0.25)
+    assert state.average == pytest.approx(0.25 * 1 + 0.75 * (0.25 * 4 + 0.75 * 2))
+    assert state.median == 2
+    assert state.observe(9, 0.5, kept=2).changes == (1.0, 9)
+    a, b = torch.zeros(4, 3), torch.full((4, 3), 2.0)
+    assert float(latent_change(a, b)) == 4
+
+
+@pytest.mark.parametrize(
+    ("average", "scale", "length", "opposite"),
+    [(1.0, 1.0, 4, 4), (3.0, 1.0, 2, 6), (0.0, 1.0, 8, 1), (100.0, 1.0, 1, 8), (1.0, 3.0, 6, 2), (1.0, 0.01, 1, 8)],
+)
+def test_the_window_shrinks_with_change_or_grows(average: float, scale: float, length: int, opposite: int):
+    state = Dynamics(average, (1.0, 1.0, 1.0))
+    assert window_length(state, 8, scale) == length
+    assert window_length(state, 8, scale, opposite=True) == opposite
+
+
+def test_a_still_world_keeps_its_window():
+    still = Dynamics(0.0, (0.0, 0.0))
+    assert (window_length(still, 8, 1.0), window_length(still, 8, 1.0, opposite=True)) == (8, 1)
+
+
+SHAPE = ChunkShape(new=2, frames=2, window=4, memory=3, sink=1)
+POINTS = frustum_points(stream(9))
+
+
+def bank(where: Tensor, values: Tensor | None = None) -> History:
+    history = History(limit=4096, hot=8, sink=4)
+    latents = torch.zeros(len(where), 1) if values is None else values[:, None]
+    history.append(latents, where, (None,) * len(where))
+    return history
+
+
+def test_exploring_drops_memory_and_coming_back_keeps_it():
+    spatial, state = SpatialMemory(margin=0.05), PolicyState()
+    out, more = turning(torch.arange(0.0, 60, 3)), turning(torch.tensor([60.0, 63]))
+    plan, signals, state = plan_context(bank(out), SHAPE, more, POINTS, K, state, spatial=spatial)
+    assert plan.memory == ()
+    assert len(plan.window) == 4
+    assert plan.sink == (0,)
+    assert plan.reason.startswith("exploring, memory dropped: old views show 0.")
+    assert signals.old_clip is not None and signals.newest_clip is not None
+    assert signals.old_clip < signals.newest_clip
+    assert not state.revisiting
+    there = turning(torch.cat([torch.arange(0.0, 60, 3), torch.arange(57.0, 30, -3)]))
+    plan, signals, state = plan_context(
+        bank(there), SHAPE, turning(torch.tensor([27.0, 24])), POINTS, K, state, spatial=spatial
+    )
+    assert len(plan.memory) == 3
+    assert state.revisiting
+    assert plan.reason == "full compute"
+
+
+def test_change_shortens_the_window_and_the_state_moves_on():
+    where, state = ahead(torch.arange(12.0)), PolicyState()
+    for values in (torch.zeros(12), torch.cat([torch.zeros(10), torch.ones(2)])):
+        plan, signals, state = plan_context(
+            bank(where, values), SHAPE, ahead(torch.arange(12.0, 14)), POINTS, K, state, temporal=TemporalWindow(0.5)
+        )
+    assert signals.change == 1
+    assert signals.dynamics == 0.5
+    assert state.dynamics.changes == (0, 1)
+    assert len(plan.window) == 2  # 4 x 0.5 / (0.5 + 0.5)
+    assert plan.reason == "window 2 of 4: change 0.5, median 0.5"
+
+
+def test_no_policy_is_the_plain_plan():
+    where, state = turning(torch.arange(20.0)), PolicyState()
+    coming = turning(torch.tensor([20.0, 21]))
+    plan, signals, after = plan_context(bank(where), SHAPE, coming, POINTS, K, state)
+    assert (plan, signals) == select(bank(where), SHAPE, coming, POINTS, K)
+    assert after is state
+    empty, signals, _ = plan_context(
+        History(), SHAPE, coming, POINTS, K, state, temporal=TemporalWindow(), spatial=SpatialMemory()
+    )
+    assert empty.rows == []
+    assert (signals.change, signals.old_clip, signals.newest_clip) == (None, None, 0.0)
+
+
+POLICIES = Acceleration("policies", temporal=TemporalWindow(weight=0.7, opposite=True), spatial=SpatialMemory(0.4))
+
+
+def test_sessions_under_policies_fork_and_resume_bit_for_bit(tiny_engine: Engine, tmp_path: Path):
+    session = tiny_engine.new(seed=3)
+    session.acceleration = POLICIES
+    reports = [session.step(move).report for move in (FORWARD, TURN, TURN, FORWARD)]
+    assert all(r.signals.newest_clip is not None for r in reports)
+    assert reports[-1].signals.dynamics is not None
+    session.save(tmp_path / "a.world")
+    resumed, forked = worldstride.open(tmp_path / "a.world", engine=tiny_engine), session.fork()
+    assert resumed.acceleration == POLICIES
+    for move in (FORWARD, TURN, Action(frozenset({"KeyS"}))):
+        chunks = [one.step(move) for one in (session, resumed, forked)]
+        assert same(chunks[0], chunks[1])
+        assert same(chunks[0], chunks[2])
+        assert chunks[0].report.signals == chunks[1].report.signals == chunks[2].report.signals
+        assert chunks[0].report.context == chunks[1].report.context
+
+
+def test_settings_go_through_json():
+    assert Acceleration.from_json(POLICIES.to_json()) == POLICIES
+    assert Acceleration.from_json({"spatial": {"view": "ball", "margin": None}}).spatial == SpatialMemory(
+        view="ball", margin=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"spatial": {"treshold": 0.5}}, r"acceleration.spatial: unknown setting 'treshold' .did you mean 'threshold'"),
+        ({"spatial": {"threshold": 1.5}}, "acceleration.spatial.threshold must be a number at least 0 and at most 1"),
+        ({"spatial": {"margin": "wide"}}, "acceleration.spatial.margin must be a number"),
+        ({"spatial": {"view": "sphere"}}, "spatial.view must be one of frustum, ball, got 'sphere'"),
+        ({"spatial": {"reach": 0}}, "acceleration.spatial.reach must be a number above 0"),
+        ({"temporal": {"weight": 0}}, "acceleration.temporal.weight must be a number above 0 and at most 1, got 0"),
+        ({"temporal": {"scale": math.nan}}, "acceleration.temporal.scale must be a number"),
+        ({"temporal": 3}, "acceleration.temporal must be a JSON object of settings, got int"),
+    ],
+)
+def test_bad_policies_are_refused(values: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        Acceleration.from_json(values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ball_view(torch.Generator(), count=0),
+        lambda: ball_view(torch.Generator(), width=180),
+        lambda: frustum_view(columns=0),
+        lambda: frustum_view(near=3, far=2),
+    ],
+)
+def test_bad_views_are_refused(make: Callable[[], View]):
+    with pytest.raises(InputError):
+        make()
