@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +12,27 @@ import pytest
 import torch
 from torch import Tensor
 
-import worldstride
+import worldstride.worlds
 from walking import FORWARD, TURN, same
 from worldstride import Acceleration, Action, Engine
+from worldstride.bench import gate
 from worldstride.camera import camera_from_pose, intrinsics_from_fov
+from worldstride.cli import main
 from worldstride.context.dynamics import Dynamics, latent_change, window_length
 from worldstride.context.gate import Gate
 from worldstride.context.history import History
-from worldstride.context.policy import PolicyState, SpatialMemory, TemporalWindow, plan_context
+from worldstride.context.policy import PUBLISHED, PolicyState, SpatialMemory, TemporalWindow, plan_context
 from worldstride.context.retrieval import frustum_points
 from worldstride.context.selection import select
-from worldstride.context.similarity import View, ball_view, clip_similarity, frustum_view, similarity
+from worldstride.context.similarity import (
+    View,
+    added_share,
+    ball_view,
+    clip_similarity,
+    frustum_view,
+    similarity,
+    visible,
+)
 from worldstride.errors import InputError
 from worldstride.noise import stream
 from worldstride.protocol import ChunkShape
@@ -43,7 +55,7 @@ def turning(i: Tensor) -> Tensor:
 def test_similarity_is_the_share_of_points_that_both_see(view: View):
     poses = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 1.0, 1.0, 0.1])
     where = camera_from_pose(poses)
-    found = similarity(where[:2], where, view)
+    found = similarity(visible(where[:2], where, view))
     assert found.shape == (2, 7)
     assert found[0, 0] == found[1, 1] == 1
     assert bool(view.contains(view.points).all())
@@ -53,13 +65,13 @@ def test_similarity_is_the_share_of_points_that_both_see(view: View):
             local = (torch.linalg.inv(where[n].double()) @ where[q].double() @ lifted.T).T[:, :3]
             assert float(found[q, n]) == pytest.approx(float(view.contains(local).float().mean()), abs=2e-3)
     behind = camera_from_pose(torch.tensor([[0.0, 0.0, math.pi, 0.0]]))
-    assert float(similarity(camera_from_pose(torch.zeros(1, 4)), behind, view)) == 0
+    assert not bool(visible(camera_from_pose(torch.zeros(1, 4)), behind, view).any())
 
 
 @pytest.mark.parametrize(("walk", "back", "published"), [(turning, 4, 0.775), (turning, 8, 0.584), (ahead, 8, 0.775)])
 def test_the_ball_gives_the_published_similarities(walk: Callable[[Tensor], Tensor], back: int, published: float):
     queries, clip = walk(torch.arange(20.0, 24)), walk(torch.tensor([20.0 - back, 22.0 - back]))
-    assert float(similarity(queries, clip, VIEWS["ball"]).mean()) == pytest.approx(published, abs=0.03)
+    assert float(similarity(visible(queries, clip, VIEWS["ball"])).mean()) == pytest.approx(published, abs=0.03)
 
 
 def test_the_ball_is_bounded_by_angles_and_by_its_radius():
@@ -133,8 +145,16 @@ def bank(where: Tensor, values: Tensor | None = None) -> History:
     return history
 
 
-def test_exploring_drops_memory_and_coming_back_keeps_it():
-    spatial, state = SpatialMemory(margin=0.05), PolicyState()
+def test_what_memory_adds_is_what_the_window_does_not_show():
+    points = torch.tensor([[[True, True, False, False], [False, False, True, False]]])  # one view, two cameras
+    assert float(added_share(points, torch.tensor([[[True, False, False, True]]]))) == 0.5
+    assert float(added_share(points[:, :0], points)) == 0
+    assert float(added_share(points, points[:, :0])) == 0.75
+
+
+@pytest.mark.parametrize("spatial", [SpatialMemory(), SpatialMemory("similarity", 0.5, margin=0.05)])
+def test_exploring_drops_memory_and_coming_back_keeps_it(spatial: SpatialMemory):
+    state = PolicyState()
     out, more = turning(torch.arange(0.0, 60, 3)), turning(torch.tensor([60.0, 63]))
     plan, signals, state = plan_context(bank(out), SHAPE, more, POINTS, K, state, spatial=spatial)
     assert plan.memory == ()
@@ -179,7 +199,9 @@ def test_no_policy_is_the_plain_plan():
     assert (signals.change, signals.old_clip, signals.newest_clip) == (None, None, 0.0)
 
 
-POLICIES = Acceleration("policies", temporal=TemporalWindow(weight=0.7, opposite=True), spatial=SpatialMemory(0.4))
+POLICIES = Acceleration(
+    "policies", temporal=TemporalWindow(weight=0.7, opposite=True), spatial=SpatialMemory(threshold=0.4)
+)
 
 
 def test_sessions_under_policies_fork_and_resume_bit_for_bit(tiny_engine: Engine, tmp_path: Path):
@@ -201,9 +223,8 @@ def test_sessions_under_policies_fork_and_resume_bit_for_bit(tiny_engine: Engine
 
 def test_settings_go_through_json():
     assert Acceleration.from_json(POLICIES.to_json()) == POLICIES
-    assert Acceleration.from_json({"spatial": {"view": "ball", "margin": None}}).spatial == SpatialMemory(
-        view="ball", margin=None
-    )
+    published = {"score": "similarity", "threshold": 0.7, "hysteresis": 0, "view": "ball"}
+    assert Acceleration.from_json({"spatial": published}).spatial == PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -214,6 +235,8 @@ def test_settings_go_through_json():
         ({"spatial": {"margin": "wide"}}, "acceleration.spatial.margin must be a number"),
         ({"spatial": {"view": "sphere"}}, "spatial.view must be one of frustum, ball, got 'sphere'"),
         ({"spatial": {"reach": 0}}, "acceleration.spatial.reach must be a number above 0"),
+        ({"spatial": {"margin": 0.1}}, "spatial.margin goes with score 'similarity', not with 'added'"),
+        ({"spatial": {"score": "old"}}, "spatial.score must be one of added, similarity, got 'old'"),
         ({"temporal": {"weight": 0}}, "acceleration.temporal.weight must be a number above 0 and at most 1, got 0"),
         ({"temporal": {"scale": math.nan}}, "acceleration.temporal.scale must be a number"),
         ({"temporal": 3}, "acceleration.temporal must be a JSON object of settings, got int"),
@@ -236,3 +259,56 @@ def test_bad_policies_are_refused(values: dict[str, object], message: str):
 def test_bad_views_are_refused(make: Callable[[], View]):
     with pytest.raises(InputError):
         make()
+
+
+def chunk_signals(**values: float) -> gate.ChunkSignals:
+    return gate.ChunkSignals("walk", 1, **{"old": 0.0, "newest": 0.0, "added": 0.0, "truth": 0.0, **values})
+
+
+def test_agreement_counts():
+    truth, decided = [True, True, False, False], [True, False, True, False]
+    assert gate.agreement(truth, decided) == {"precision": 0.5, "recall": 0.5}
+    assert math.isnan(gate.agreement([False], [False])["precision"])
+    assert gate.area_under_curve(truth, [0.9, 0.5, 0.5, 0.1]) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert math.isnan(gate.area_under_curve([True], [1.0]))
+
+
+def test_hysteresis_ends_with_its_trajectory():
+    settings = SpatialMemory(threshold=0.5, hysteresis=0.2)
+    chunks = [chunk_signals(added=a) for a in (0.4, 0.6, 0.4, 0.2, 0.4)]
+    assert gate.decisions(chunks, settings) == [False, True, True, False, False]
+    apart = [chunk_signals(added=0.6), dataclasses.replace(chunk_signals(added=0.4), world=2)]
+    assert gate.decisions(apart, settings) == [True, False]
+
+
+def test_going_back_is_a_revisit_and_what_cameras_add_tells_so():
+    chunks = gate.observe(VIEWS["frustum"], ["out and back", "spin"], 2, 64, window=4)
+    out = [c for c in chunks if c.trajectory == "out and back"]
+    way = len(out) // 4
+    assert all(c.truth < gate.NEEDED for c in out[: way // 2])
+    assert all(c.truth > gate.NEEDED for c in out[-way // 2 :])
+    truth = [c.truth >= gate.NEEDED for c in chunks]
+    assert gate.area_under_curve(truth, [c.added for c in chunks]) > 0.9
+    with pytest.raises(InputError, match="at least 12 frames"):
+        gate.observe(VIEWS["frustum"], ["walk"], 1, 11, window=4)
+
+
+@pytest.mark.parametrize("kind", gate.TRAJECTORIES)
+def test_trajectories_have_the_frames_asked_for(kind: gate.Trajectory):
+    scene = worldstride.worlds.scene_from_seed("courtyard", [gate.FIRST_SEED])
+    poses = gate.trajectory(scene, kind, 31, gate.FIRST_SEED)
+    assert poses.shape == (1, 31, 4)
+    assert bool(poses.isfinite().all())
+    if kind == "out and back":
+        assert torch.equal(poses[0, 1:16], poses[0, 16:].flip(0))
+
+
+def test_the_gate_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "gate.json"
+    arguments = ["gate", "courtyard", "--weights", "random", "--worlds", "1", "--frames", "24", "--out", str(out)]
+    assert main(arguments) == 0
+    result = json.loads(out.read_text())
+    assert {r["gate"] for r in result["rows"]} == set(result["gates"])
+    assert "published" in capsys.readouterr().out
+    assert main(["gate", "courtyard", "--weights", "random", "--worlds", "0"]) == 2
+    assert "--worlds must be at least 1" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from worldstride import __version__
 from worldstride.commands.bench import Bench
 from worldstride.commands.compare import Compare
 from worldstride.commands.doctor import Doctor
+from worldstride.commands.gate import Gate
 from worldstride.commands.models import Models
 from worldstride.commands.rollout import Rollout
 from worldstride.commands.verify import Verify
@@ -24,6 +25,7 @@ Command = (
     Annotated[Rollout, subcommand("rollout")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Gate, subcommand("gate")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Doctor, subcommand("doctor")]

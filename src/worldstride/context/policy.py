@@ -12,11 +12,27 @@ from worldstride.context.dynamics import Dynamics, latent_change, window_length
 from worldstride.context.gate import Gate
 from worldstride.context.history import History
 from worldstride.context.selection import ContextPlan, Signals, select
-from worldstride.context.similarity import View, ball_view, clip_similarity, frustum_view, similarity
+from worldstride.context.similarity import (
+    View,
+    added_share,
+    ball_view,
+    clip_similarity,
+    frustum_view,
+    similarity,
+    visible,
+)
 from worldstride.errors import InputError
 from worldstride.protocol import ChunkShape
 
 ViewName = Literal["frustum", "ball"]
+Score = Literal["added", "similarity"]
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (open_low and value == low):
+        interval = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
+        raise InputError(f"acceleration.{name} must be a number {interval}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -42,15 +58,20 @@ class TemporalWindow:
 class SpatialMemory:
     """Retrieved memory is attended to on a revisit and dropped while exploring; the sink always stays.
 
-    Light Interaction (arXiv 2605.31158), eq. 4; `margin` and `hysteresis` are additions, None and 0 are as published.
+    `PUBLISHED` is Light Interaction's gate (arXiv 2605.31158, eq. 4). The defaults ask instead what memory can add to
+    the window, which agrees far better with true co-visibility.
     """
 
-    threshold: float = 0.7
-    """Pose similarity in [0, 1] that the best old clip must reach; higher drops memory more often."""
-    margin: float | None = 0.05
-    """The best old clip must show at least what the newest chunk shows, less this; None does not compare them."""
-    hysteresis: float = 0.05
-    """By how much both conditions ease while memory is in use, in [0, 1], so that it does not come and go."""
+    score: Score = "added"
+    """What is compared with the threshold: "added", the share of the coming views that old cameras saw and the window
+    did not; or "similarity", the pose similarity of the best old clip."""
+    threshold: float = 0.1
+    """Least score in [0, 1] that keeps memory; higher drops it more often."""
+    margin: float | None = None
+    """With "similarity": the best old clip must show at least what the newest chunk shows, less this; None does not
+    compare them."""
+    hysteresis: float = 0.03
+    """By how much the conditions ease while memory is in use, in [0, 1], so that it does not come and go."""
     view: ViewName = "frustum"
     """What counts as seen: a grid through the view's frustum, or random points in a ball."""
     reach: float = 8.0
@@ -62,8 +83,11 @@ class SpatialMemory:
         _number("spatial.reach", self.reach, 0, 1e6, open_low=True)
         if self.margin is not None:
             _number("spatial.margin", self.margin, -1, 1)
-        if self.view not in get_args(ViewName):
-            raise InputError(f"spatial.view must be one of {', '.join(get_args(ViewName))}, got {self.view!r}")
+            if self.score != "similarity":
+                raise InputError(f"acceleration.spatial.margin goes with score 'similarity', not with {self.score!r}")
+        for name, value, known in (("view", self.view, get_args(ViewName)), ("score", self.score, get_args(Score))):
+            if value not in known:
+                raise InputError(f"acceleration.spatial.{name} must be one of {', '.join(known)}, got {value!r}")
 
     @property
     def gate(self) -> Gate:
@@ -76,6 +100,10 @@ class SpatialMemory:
         if self.view == "frustum":
             return frustum_view(far=self.reach, width=degrees[0], height=degrees[1])
         return ball_view(torch.Generator().manual_seed(0), radius=self.reach, width=degrees[0], height=degrees[1])
+
+
+PUBLISHED = SpatialMemory("similarity", 0.7, hysteresis=0.0, view="ball")
+"""Light Interaction's gate as published for HY-WorldPlay (threshold 0.7)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +127,7 @@ def plan_context(
     """
     asked = [f"{name} {n}" for name, n in (("window", window), ("memory", memory)) if n is not None]
     reasons = [f"{' and '.join(asked)} asked for"] if asked else []
-    change = average = old = newest = None
+    change = average = old = newest = added = None
     kept = len(history) - shape.clean
     if temporal is not None:
         change = _change(history, shape)
@@ -112,17 +140,19 @@ def plan_context(
     if spatial is not None:
         recent = min(shape.window if window is None else min(window, shape.window), kept)
         view = spatial.look(intrinsics) if view is None else view
-        old, newest = _clips(history, shape, coming, view, recent)
-        revisiting = spatial.gate.decide(old, newest, state.revisiting)
+        old, newest, added = pose_scores(history.cameras().float(), shape, coming, view, recent)
+        revisiting = spatial.gate.decide(added if spatial.score == "added" else old, newest, state.revisiting)
         state = replace(state, revisiting=revisiting)
         if not revisiting:
             memory = 0
-            seen = "nothing old" if old is None else f"old views show {old:.2f}, the newest {newest:.2f}"
+            seen = "nothing is old"
+            if old is not None and added is not None:
+                seen = f"old views show {old:.2f}, the newest {newest:.2f}, and add {added:.2f} to the window"
             reasons.append(f"exploring, memory dropped: {seen}")
     plan, signals = select(
         history, shape, coming, points, intrinsics, window, memory, "; ".join(reasons) or "full compute"
     )
-    signals = replace(signals, change=change, dynamics=average, old_clip=old, newest_clip=newest)
+    signals = replace(signals, change=change, dynamics=average, old_clip=old, newest_clip=newest, added=added)
     return plan, signals, state
 
 
@@ -135,21 +165,21 @@ def _change(history: History, shape: ChunkShape) -> float | None:
     return float(latent_change(*units))
 
 
-def _clips(history: History, shape: ChunkShape, coming: Tensor, view: View, recent: int) -> tuple[float | None, float]:
-    """Pose similarity of the best old clip (before the window, after the sink) and of the newest one."""
-    kept = len(history) - shape.clean
+def pose_scores(
+    cameras: Tensor, shape: ChunkShape, coming: Tensor, view: View, recent: int
+) -> tuple[float | None, float, float | None]:
+    """What cameras tell of a chunk, in one batched call over the history's cameras [N, 4, 4], oldest first.
+
+    Returns the pose similarity of the best old clip (between sink and window), that of the newest clip, and the share
+    of the coming views [F, 4, 4] that old cameras saw and the window of `recent` did not; None where nothing is old.
+    """
+    kept = len(cameras) - shape.clean
     if not kept:
-        return None, 0.0
+        return None, 0.0, None
     first = min(shape.sink, kept - recent)
-    queries = coming.cpu().float()[[0, -1]]
-    per_latent = similarity(queries, history.cameras(list(range(first, kept))).float(), view)  # [2, N]
-    old = clip_similarity(per_latent[:, : kept - recent - first], shape.new)
-    newest = float(per_latent[:, -shape.new :].mean())
-    return (float(old.max()) if len(old) else None), newest
-
-
-def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    if not fits or (open_low and value == low):
-        interval = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
-        raise InputError(f"acceleration.{name} must be a number {interval}, got {value!r}")
+    seen = visible(coming.cpu().float()[[0, -1]], cameras[first:kept], view)  # [2, N, P]
+    past, window = seen[:, : kept - recent - first], seen[:, kept - recent - first :]
+    clips, newest = clip_similarity(similarity(past), shape.new), float(similarity(seen[:, -shape.new :]).mean())
+    if not len(clips):
+        return None, newest, None
+    return float(clips.max()), newest, float(added_share(past, window))

@@ -30,6 +30,8 @@ class Signals:
     """Pose similarity of the best old clip; None where no policy asked or there is none."""
     newest_clip: float | None = None
     """Pose similarity of the newest clip; None where no policy asked."""
+    added: float | None = None
+    """Share of the coming views that old latents saw and the window did not; None as for `old_clip`."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Pose similarity: how much of what a camera will see did a remembered camera see?
 
 S(query, memory) is the share of sample points in the query's view that lie in the memory's view too, in [0, 1]. The
-points are drawn once, in the camera's own space, so that a call over a whole history is one batched transform.
+points are drawn once, in the camera's own space, so that a whole history is one batched transform.
 Two ways of drawing: `ball_view`, the published one (Light Interaction, arXiv 2605.31158, eq. 4, on HY-WorldPlay: points
 uniform in a ball around the camera, views bounded by angles and a radius), and `frustum_view` (Matrix-Game-3.0: a
 grid through the reference frustum, views bounded by the image and two depths).
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from worldstride import camera
 from worldstride.errors import InputError
+
+_BLOCK = 512
+"""Remembered cameras whose points are transformed at once, so that a long history needs little memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +87,28 @@ def frustum_view(
     return View(points, tangent_x, tangent_y, far, near)
 
 
-def similarity(queries: Tensor, memory: Tensor, view: View) -> Tensor:
-    """Pose similarity [Q, N] of coming cameras [Q, 4, 4] to remembered ones [N, 4, 4]."""
-    points = view.points.to(queries)
-    relative = camera.invert(memory)[None] @ queries[:, None]  # [Q, N, 4, 4]: query's space -> memory's space
-    seen = torch.einsum("qnij,pj->qnpi", relative[..., :3, :3], points) + relative[..., None, :3, 3]
-    return view.contains(seen).float().mean(-1)
+def visible(queries: Tensor, memory: Tensor, view: View) -> Tensor:
+    """Which points in view of coming cameras [Q, 4, 4] remembered ones [N, 4, 4] have in view too: bool [Q, N, P]."""
+    points, parts = view.points.to(queries), [torch.empty(len(queries), 0, len(view.points), dtype=torch.bool)]
+    for some in memory.split(_BLOCK):
+        relative = camera.invert(some)[None] @ queries[:, None]  # [Q, N, 4, 4]: query's space -> memory's space
+        local = torch.einsum("qnij,pj->qnpi", relative[..., :3, :3], points) + relative[..., None, :3, 3]
+        parts.append(view.contains(local))
+    return torch.cat(parts, 1)
+
+
+def similarity(seen: Tensor) -> Tensor:
+    """Pose similarity [Q, N] from what is `visible` [Q, N, P]: the share of points that both cameras have in view."""
+    return seen.float().mean(-1)
+
+
+def added_share(old: Tensor, window: Tensor) -> Tensor:
+    """Share of the coming views that some old camera saw and no camera of the window did: a scalar in [0, 1].
+
+    From what is `visible` [Q, N, P] to the old and [Q, W, P] to the recent ones. It is what memory can add to the
+    window, as far as cameras tell: where it is nothing, old frames are of no use however similar they are.
+    """
+    return (old.any(1) & ~window.any(1)).float().mean()
 
 
 def clip_similarity(per_latent: Tensor, clip: int) -> Tensor:

@@ -1,0 +1,116 @@
+"""Does the pose gate open where memory is needed? Its agreement with true co-visibility, without any model.
+
+A chunk needs memory where its pixels were seen before but not in the recent window; a procedural world knows that for
+every pixel. Gates see cameras only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from worldstride import camera, noise, worlds
+from worldstride.bench.walks import FIRST_SEED
+from worldstride.context.policy import SpatialMemory, pose_scores
+from worldstride.context.similarity import View
+from worldstride.errors import InputError
+from worldstride.protocol import ChunkShape
+
+Trajectory = Literal["walk", "spin", "out and back", "loop"]
+TRAJECTORIES: tuple[Trajectory, ...] = get_args(Trajectory)
+NEEDED = 0.1
+"""Share of a chunk's pixels that only memory can show, from which on it counts as a revisit."""
+
+
+@dataclass(frozen=True)
+class ChunkSignals:
+    """What is known of one chunk before it is made, and the truth."""
+
+    trajectory: Trajectory
+    world: int
+    old: float
+    """Pose similarity of the best old clip."""
+    newest: float
+    """Pose similarity of the newest clip."""
+    added: float
+    """Share of the view that old frames saw and the window did not, by cameras alone."""
+    truth: float
+    """Share of pixels that old frames show and the window does not."""
+
+
+def trajectory(scene: worlds.Scene, kind: Trajectory, frames: int, seed: int) -> Tensor:
+    """Poses [1, frames, 4] of a kind of trajectory, from where the seed's walk begins."""
+    walk = worlds.sample_walk(scene, max(frames, 2), noise.stream(seed))
+    if kind == "walk":
+        return walk[:, :frames]
+    if kind == "out and back":
+        half = -(-frames // 2)
+        return torch.cat([walk[:, :half], walk[:, :half].flip(1)], 1)[:, :frames]
+    forward, turn = (0.0, math.tau / 48) if kind == "spin" else (0.1, math.tau / 64)  # metres and radians a frame
+    poses = [walk[:, 0]]
+    for i in range(1, frames):
+        poses.append(worlds.step_pose(scene, poses[-1], forward, 0.0, turn, 0.0, float(i)))
+    return torch.stack(poses, 1)
+
+
+def observe(
+    view: View, kinds: Sequence[Trajectory], count: int, frames: int, window: int = 8, chunk: int = 4,
+    family: str = "courtyard", size: int = 24, advance: Callable[[], object] = lambda: None,
+) -> list[ChunkSignals]:  # fmt: skip
+    """Signals and truth of every chunk that has a clip before its window, in `count` held-out worlds a kind."""
+    shape = ChunkShape(new=chunk, frames=chunk, window=window)
+    if frames < window + 2 * chunk:
+        raise InputError(f"a trajectory needs at least {window + 2 * chunk} frames to have anything old, got {frames}")
+    found = []
+    for kind in kinds:
+        for seed in range(FIRST_SEED, FIRST_SEED + count):
+            scene = worlds.scene_from_seed(family, [seed])
+            pose = trajectory(scene, kind, frames, seed)
+            where, time = camera.camera_from_pose(pose)[0], torch.arange(frames, dtype=torch.float32)[None]
+            for at in range(window + chunk, frames - chunk + 1, chunk):
+                now, past = slice(at, at + chunk), slice(0, at)
+                seen = worlds.covisible(scene, pose[:, now], time[:, now], pose[:, past], time[:, past], size)[0]
+                moving = worlds.moving_pixels(scene, pose[:, now], time[:, now], size)[0]
+                needed = seen[: at - window].any(0) & ~seen[at - window :].any(0) & ~moving
+                old, newest, added = pose_scores(where[past], shape, where[now], view, window)
+                found.append(ChunkSignals(kind, seed, old or 0.0, newest, added or 0.0, float(needed.float().mean())))
+            advance()
+    return found
+
+
+def decisions(chunks: Sequence[ChunkSignals], settings: SpatialMemory) -> list[bool]:
+    """The gate's decisions, chunk by chunk; its hysteresis begins anew with every trajectory."""
+    made, open_before, place = list[bool](), False, None
+    for c in chunks:
+        if (c.trajectory, c.world) != place:
+            open_before, place = False, (c.trajectory, c.world)
+        open_before = settings.gate.decide(score_of(c, settings), c.newest, open_before)
+        made.append(open_before)
+    return made
+
+
+def score_of(chunk: ChunkSignals, settings: SpatialMemory) -> float:
+    """The score that the settings' gate looks at."""
+    return chunk.added if settings.score == "added" else chunk.old
+
+
+def agreement(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:
+    """Precision and recall of decisions; NaN where nothing was decided or true."""
+    both = sum(t and d for t, d in zip(truth, decided, strict=True))
+    return {"precision": both / sum(decided) if any(decided) else math.nan,
+            "recall": both / sum(truth) if any(truth) else math.nan}  # fmt: skip
+
+
+def area_under_curve(truth: Sequence[bool], score: Sequence[float]) -> float:
+    """Probability that a true case scores above a false one, ties counting half; NaN where one of them is missing."""
+    values, label = torch.tensor(score, dtype=torch.float64), torch.tensor(truth)
+    high, low = values[label], values[~label]
+    if not len(high) or not len(low):
+        return math.nan
+    order = torch.sign(high[:, None] - low[None]).mean()
+    return float((order + 1) / 2)
