@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from worldstride.context.policy import SpatialMemory, TemporalWindow
-from worldstride.errors import InputError
+from worldstride.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,10 @@ def _from_json(kind: type[_Settings], values: object, source: str) -> _Settings:
     known = [f.name for f in fields(cast(Any, kind))]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(key, known)
             raise InputError(f"{source}: unknown setting {key!r}{hint}; known: {', '.join(known)}")
-    branches = {k: v if v is None else _from_json(_BRANCHES[k], v, f"{source}.{k}") for k, v in values.items()
-                if k in _BRANCHES and kind is Acceleration}  # fmt: skip
-    return kind(**{**values, **branches})
+    given = {k: v for k, v in values.items() if k in _BRANCHES and v is not None}
+    return kind(**{**values, **{k: _from_json(_BRANCHES[k], v, f"{source}.{k}") for k, v in given.items()}})
 
 
 PRESETS: dict[str, Acceleration] = {

@@ -84,8 +84,7 @@ class Engine:
         """
         given = self.model.chunk(0).window
         scene = worlds.scene_from_seed(family, [seed])
-        walk = worlds.sample_plain_walk if family == "plain" else worlds.sample_walk
-        pose = walk(scene, 64, noises.stream(seed, _WALK))[:, :given]
+        pose = worlds.sample_walk(scene, 64, noises.stream(seed, _WALK))[:, :given]
         time = torch.arange(given, dtype=torch.float32)[None]
         height, width = self.frame_size
         if height != width:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class WorldstrideError(Exception):
     """Base of everything this package raises on purpose."""
@@ -29,3 +32,9 @@ class MissingDependencyError(WorldstrideError, ImportError):
 
 class ContractError(WorldstrideError):
     """A model breaks the protocol (raised by `worldstride.testing.check_model`)."""
+
+
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """A hint at the known word nearest to an unknown one, to stand behind it in a text; empty where none is near."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

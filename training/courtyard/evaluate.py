@@ -189,10 +189,9 @@ class Evaluation:
         """Look away and back, and back over a known path, in closed loop."""
         count, plain = self.s.loop, family == "plain"
         scene = worlds.scene_from_seed(family, range(FIRST_SEED + 5000, FIRST_SEED + 5000 + count), self.device)
-        walk = worlds.sample_plain_walk if plain else worlds.sample_walk
         generator = torch.Generator(self.device).manual_seed(77)
         known, back = (64, 40) if plain else (160, 64)
-        there = walk(scene, known, generator)
+        there = worlds.sample_walk(scene, known, generator)
         heading = torch.rand(count, generator=torch.Generator().manual_seed(78)).to(self.device) * 6.2832
         away = look_away(scene, there[:, 0, :2], heading, self.config)
         home = retrace(shoot(scene, there, self.config), known, self.config, back)

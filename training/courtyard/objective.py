@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from worldstride.models.courtyard.codec import from_levels
 from worldstride.models.courtyard.config import CourtyardConfig
 
 
@@ -13,7 +14,7 @@ def noised(levels: Tensor, noise: Tensor, amount: Tensor) -> tuple[Tensor, Tenso
 
     (1 - amount) frame + amount noise, computed in float32.
     """
-    clean = levels.float() / 127.5 - 1
+    clean = from_levels(levels)
     wide = amount.reshape(amount.shape + (1,) * (levels.ndim - amount.ndim))
     return torch.lerp(clean, noise.float(), wide).to(noise.dtype), clean.to(noise.dtype)
 

@@ -32,7 +32,7 @@ from worldstride.attention import attend
 from worldstride.bench.results import write_json
 from worldstride.models.courtyard.codec import to_levels
 from worldstride.models.courtyard.geometry import geometry
-from worldstride.models.courtyard.model import Block, CourtyardNetwork, parameter_count
+from worldstride.models.courtyard.model import CourtyardNetwork, parameter_count
 from worldstride.models.courtyard.weights import read_network
 
 
@@ -64,12 +64,9 @@ class Trainer:
         trace, self.noised, self.errors = worlds.trace, noised, errors
         if compiled:
             trace, self.noised, self.errors = (torch.compile(f, dynamic=False) for f in (trace, noised, errors))
-            torch._dynamo.config.recompile_limit = 64
             if settings.compile_cache is not None and settings.compile_cache.exists():
                 torch.compiler.load_cache_artifacts(lzma.decompress(settings.compile_cache.read_bytes()))
-            if self.network.refine is not None:
-                self.network.refine.compile(dynamic=False)
-            self.network.run = torch.compile(Block.forward, dynamic=False)
+            self.network.compile_passes()
         sizes = {
             "plain": (settings.plain_pool, settings.refresh_plain),
             "courtyard": (settings.courtyard_pool, settings.refresh_courtyard),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from worldstride import camera, noise, worlds
-from worldstride.bench.walks import FIRST_SEED
+from worldstride.bench.walks import FIRST_SEED, walk_classes
 from worldstride.context.policy import SpatialMemory, pose_scores
 from worldstride.context.similarity import View
 from worldstride.errors import InputError
@@ -45,9 +45,9 @@ class ChunkSignals:
 
 def trajectory(scene: worlds.Scene, kind: Trajectory, frames: int, seed: int) -> Tensor:
     """Poses [1, frames, 4] of a kind of trajectory, from where the seed's walk begins."""
-    walk = worlds.sample_walk(scene, max(frames, 2), noise.stream(seed))
+    walk = worlds.sample_walk(scene, frames, noise.stream(seed))
     if kind == "walk":
-        return walk[:, :frames]
+        return walk
     if kind == "out and back":
         half = -(-frames // 2)
         return torch.cat([walk[:, :half], walk[:, :half].flip(1)], 1)[:, :frames]
@@ -60,25 +60,25 @@ def trajectory(scene: worlds.Scene, kind: Trajectory, frames: int, seed: int) ->
 
 def observe(
     view: View, kinds: Sequence[Trajectory], count: int, frames: int, window: int = 8, chunk: int = 4,
-    family: str = "courtyard", size: int = 24, advance: Callable[[], object] = lambda: None,
+    family: str = "courtyard", size: int = 48, advance: Callable[[], object] = lambda: None,
 ) -> list[ChunkSignals]:  # fmt: skip
     """Signals and truth of every chunk that has a clip before its window, in `count` held-out worlds a kind."""
     shape = ChunkShape(new=chunk, frames=chunk, window=window)
     if frames < window + 2 * chunk:
         raise InputError(f"a trajectory needs at least {window + 2 * chunk} frames to have anything old, got {frames}")
-    found = []
+    found, given = [], window + chunk
+    whole = frames - (frames - given) % chunk  # a part of a chunk at the end is left out
     for kind in kinds:
         for seed in range(FIRST_SEED, FIRST_SEED + count):
             scene = worlds.scene_from_seed(family, [seed])
-            pose = trajectory(scene, kind, frames, seed)
-            where, time = camera.camera_from_pose(pose)[0], torch.arange(frames, dtype=torch.float32)[None]
-            for at in range(window + chunk, frames - chunk + 1, chunk):
-                now, past = slice(at, at + chunk), slice(0, at)
-                seen = worlds.covisible(scene, pose[:, now], time[:, now], pose[:, past], time[:, past], size)[0]
-                moving = worlds.moving_pixels(scene, pose[:, now], time[:, now], size)[0]
-                needed = seen[: at - window].any(0) & ~seen[at - window :].any(0) & ~moving
-                old, newest, added = pose_scores(where[past], shape, where[now], view, window)
-                found.append(ChunkSignals(kind, seed, old or 0.0, newest, added or 0.0, float(needed.float().mean())))
+            pose = trajectory(scene, kind, frames, seed)[:, :whole]
+            where, time = camera.camera_from_pose(pose)[0], torch.arange(whole, dtype=torch.float32)[None]
+            begins = torch.arange(given, whole, chunk)
+            starts = torch.stack([begins, torch.full_like(begins, window)], 1).repeat_interleave(chunk, 0)
+            needed = walk_classes(scene, pose, time, given, starts, size)["revisited"].float()
+            for at, truth in zip(begins.tolist(), needed.split(chunk), strict=True):
+                old, newest, added = pose_scores(where[:at], shape, where[at : at + chunk], view)
+                found.append(ChunkSignals(kind, seed, old or 0.0, newest, added or 0.0, float(truth.mean())))
             advance()
     return found
 

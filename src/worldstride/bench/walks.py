@@ -73,8 +73,7 @@ def held_out_world(
     """
     frames = given + sum(chunks)
     scene = worlds.scene_from_seed(family, [seed])
-    sample = worlds.sample_plain_walk if family == "plain" else worlds.sample_walk
-    pose = sample(scene, frames, noises.stream(seed))
+    pose = worlds.sample_walk(scene, frames, noises.stream(seed))
     if walk == "look away and back":
         pose = look_away_walk(scene, pose[:, 0], given, frames, 1 if seed % 4 < 2 else -1)
     time = torch.arange(frames, dtype=torch.float32)[None]
@@ -83,7 +82,7 @@ def held_out_world(
     for count, window in zip(chunks, windows, strict=True):
         starts += [(begin, window)] * count
         begin += count
-    masks = _masks(scene, pose, time, given, torch.tensor(starts), size)
+    masks = walk_classes(scene, pose, time, given, torch.tensor(starts), size)
     return HeldOutWorld(seed, walk, given, pictures, camera_from_pose(pose)[0], masks)
 
 
@@ -105,8 +104,13 @@ def pixel_classes(recent: Tensor, before: Tensor, moving: Tensor) -> dict[str, T
     return {name: m.repeat_interleave(2, -1).repeat_interleave(2, -2) for name, m in small.items()}
 
 
-def _masks(scene: worlds.Scene, pose: Tensor, time: Tensor, given: int, starts: Tensor, size: int) -> dict[str, Tensor]:
-    """Exact co-visibility at half the resolution; starts [C, 2] = first frame of the chunk, its recent frames."""
+def walk_classes(
+    scene: worlds.Scene, pose: Tensor, time: Tensor, given: int, starts: Tensor, size: int
+) -> dict[str, Tensor]:
+    """Masks bool [C, size, size] of `CLASSES` for the C frames from `given` on of a walk with poses [1, n, 4].
+
+    By exact co-visibility at half the resolution; starts [C, 2] = first frame of each frame's chunk, its recent frames.
+    """
     half, ids = size // 2, torch.arange(pose.shape[1])[:, None]
     parts = []
     for first in range(0, len(starts), _BLOCK):

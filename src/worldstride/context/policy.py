@@ -11,7 +11,7 @@ from torch import Tensor
 from worldstride.context.dynamics import Dynamics, latent_change, window_length
 from worldstride.context.gate import Gate
 from worldstride.context.history import History
-from worldstride.context.selection import ContextPlan, Signals, select
+from worldstride.context.selection import ContextPlan, Signals, select, spans
 from worldstride.context.similarity import (
     View,
     added_share,
@@ -128,7 +128,6 @@ def plan_context(
     asked = [f"{name} {n}" for name, n in (("window", window), ("memory", memory)) if n is not None]
     reasons = [f"{' and '.join(asked)} asked for"] if asked else []
     change = average = old = newest = added = None
-    kept = len(history) - shape.clean
     if temporal is not None:
         change = _change(history, shape)
         if change is not None:
@@ -138,9 +137,8 @@ def plan_context(
         if window < longest:
             reasons.append(f"window {window} of {longest}: change {average:.3g}, median {state.dynamics.median:.3g}")
     if spatial is not None:
-        recent = min(shape.window if window is None else min(window, shape.window), kept)
         view = spatial.look(intrinsics) if view is None else view
-        old, newest, added = pose_scores(history.cameras().float(), shape, coming, view, recent)
+        old, newest, added = pose_scores(history.cameras(), shape, coming, view, window)
         revisiting = spatial.gate.decide(added if spatial.score == "added" else old, newest, state.revisiting)
         state = replace(state, revisiting=revisiting)
         if not revisiting:
@@ -157,29 +155,29 @@ def plan_context(
 
 
 def _change(history: History, shape: ChunkShape) -> float | None:
-    entries = history.entries
-    if len(entries) < 2 * shape.new:
+    rows = list(range(len(history) - 2 * shape.new, len(history)))
+    if rows[0] < 0:
         return None
-    units = [torch.stack([e.latent.to(entries[-1].latent.device) for e in part])
-             for part in (entries[-shape.new :], entries[-2 * shape.new : -shape.new])]  # fmt: skip
-    return float(latent_change(*units))
+    newest = history.entries[-1].latent
+    before, after = history.latents(rows, newest.device, tuple(newest.shape)).chunk(2)
+    return float(latent_change(after, before))
 
 
 def pose_scores(
-    cameras: Tensor, shape: ChunkShape, coming: Tensor, view: View, recent: int
+    cameras: Tensor, shape: ChunkShape, coming: Tensor, view: View, window: int | None = None
 ) -> tuple[float | None, float, float | None]:
     """What cameras tell of a chunk, in one batched call over the history's cameras [N, 4, 4], oldest first.
 
     Returns the pose similarity of the best old clip (between sink and window), that of the newest clip, and the share
-    of the coming views [F, 4, 4] that old cameras saw and the window of `recent` did not; None where nothing is old.
+    of the coming views [F, 4, 4] that old cameras saw and the window did not; None where nothing is old.
     """
     kept = len(cameras) - shape.clean
     if not kept:
         return None, 0.0, None
-    first = min(shape.sink, kept - recent)
+    first, recent = spans(kept, shape, window)
     seen = visible(coming.cpu().float()[[0, -1]], cameras[first:kept], view)  # [2, N, P]
-    past, window = seen[:, : kept - recent - first], seen[:, kept - recent - first :]
+    past, near = seen.split([kept - recent - first, recent], 1)
     clips, newest = clip_similarity(similarity(past), shape.new), float(similarity(seen[:, -shape.new :]).mean())
     if not len(clips):
         return None, newest, None
-    return float(clips.max()), newest, float(added_share(past, window))
+    return float(clips.max()), newest, float(added_share(past, near))

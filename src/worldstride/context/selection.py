@@ -59,6 +59,12 @@ class ContextPlan:
         return torch.arange(-count, 0) - clean, torch.tensor(kinds + [KINDS.index("recent")] * len(self.window))
 
 
+def spans(kept: int, shape: ChunkShape, window: int | None = None) -> tuple[int, int]:
+    """Numbers of sink and recent latents among `kept` ones; between them lies what may be retrieved."""
+    recent = min(shape.window if window is None else min(window, shape.window), kept)
+    return min(shape.sink, kept - recent), recent
+
+
 def select(
     history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor,
     window: int | None = None, memory: int | None = None, reason: str = "full compute",
@@ -68,8 +74,7 @@ def select(
     The re-imposed latents at the head of the chunk are part of the chunk, not of its context.
     """
     kept = len(history) - shape.clean
-    recent = min(shape.window if window is None else min(window, shape.window), kept)
-    sink = min(shape.sink, kept - recent)
+    sink, recent = spans(kept, shape, window)
     wanted = shape.memory if memory is None else min(memory, shape.memory)
     candidates = list(range(sink, kept - recent))
     count = min(wanted, len(candidates))

@@ -10,7 +10,7 @@ grid through the reference frustum, views bounded by the image and two depths).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class View:
     tangent_x: float
     """Tangent of half the horizontal field of view."""
     tangent_y: float
-    """Tangent of half the vertical field of view, times the cosine of the azimuth where `angular`."""
+    """Tangent of half the vertical field of view."""
     reach: float
     """Farthest distance (where `angular`) or depth that counts as seen, metres."""
     near: float = 0.0
@@ -54,7 +54,7 @@ def ball_view(
 ) -> View:
     """Monte-Carlo points uniform in a ball of `radius` metres; field of view `width` x `height` degrees.
 
-    Of `count` points only those in view are kept (about 3 %), since only they enter the similarity.
+    Of `count` points only those in view are kept (about 5 %), since only they enter the similarity.
     """
     _check_angles(width, height)
     if count < 1 or radius <= 0:
@@ -66,7 +66,7 @@ def ball_view(
     seen = points[whole.contains(points)]
     if not len(seen):
         raise InputError(f"none of {count} points lies in a view of {width} x {height} degrees; draw more")
-    return View(seen, whole.tangent_x, whole.tangent_y, radius, angular=True)
+    return replace(whole, points=seen)
 
 
 def frustum_view(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from worldstride.errors import InputError
+from worldstride.errors import InputError, did_you_mean
 from worldstride.models.courtyard.weights import load_courtyard
 from worldstride.protocol import WorldModel
 
@@ -39,6 +38,4 @@ def find(name: str) -> ModelEntry:
         if entry.name == name:
             return entry
     known = [entry.name for entry in MODELS]
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise InputError(f"unknown model {name!r}{hint}; known: {', '.join(known)}")
+    raise InputError(f"unknown model {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")

@@ -15,7 +15,7 @@ from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError
 from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_levels
 from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry
-from worldstride.models.courtyard.model import Block, CourtyardNetwork, KeysValues
+from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
 
 FULL_STEPS = 8
@@ -58,12 +58,7 @@ class CourtyardModel:
 
     def compile_passes(self) -> None:
         """Compile blocks and refinement; every size of the context once, seconds each, when it is first met."""
-        torch._dynamo.config.recompile_limit = max(
-            64, torch._dynamo.config.recompile_limit
-        )  # one a size; 8 are too few
-        self.network.run = torch.compile(Block.forward, dynamic=False)
-        if self.network.refine is not None:
-            self.network.refine.compile(dynamic=False)
+        self.network.compile_passes()
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -165,6 +165,14 @@ class CourtyardNetwork(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def compile_passes(self) -> None:
+        """Have torch compile blocks and refinement, once for every size of the tensors, when it is first met."""
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(64, limits.recompile_limit)  # contexts have many sizes; 8 would be too few
+        self.run = torch.compile(Block.forward, dynamic=False)
+        if self.refine is not None:
+            self.refine.compile(dynamic=False)
+
     def context(self, clean: Tensor, geometry: Geometry, sigma: Tensor, attend: Attend) -> list[KeysValues]:
         """Keys and values of context frames clean [B, F, n, values] that hold noise of level sigma [B]."""
         x = self._tokens(clean, self.clean_in, geometry)
