@@ -7,7 +7,7 @@ Matrix-Game-3.0 in float32: what entered every step, what the network said there
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldstride import Engine
 from worldstride.attention import attend
-from worldstride.denoising import DenoisePlan, denoise, make_solver, shifted_sigmas
+from worldstride.denoising import DenoisePlan, Denoising, denoise, make_solver, shifted_sigmas
+from worldstride.denoising.policy import tail
 from worldstride.denoising.solvers import Euler, Renoise, Solver, UniPC
 from worldstride.errors import InputError
 from worldstride.protocol import SamplerSpec
@@ -154,6 +156,8 @@ def test_samplers_name_their_solver():
 class Stub:
     """What the loop needs of a model; inputs are the value that a branch pulls towards."""
 
+    name = "stub"
+
     def __init__(self) -> None:
         self.evaluated: list[tuple[float, float]] = []
         self.clamped: list[Tensor] = []
@@ -174,11 +178,10 @@ def run(model: Stub, spec: SamplerSpec, inputs: tuple[float, ...] = (2.0,), fres
 
 def test_the_loop_evaluates_every_level_once_and_clamps_after_every_step():
     model, spec = Stub(), SamplerSpec(shifted_sigmas(5))
-    latents, evaluations, plan = run(model, spec)
+    latents, evaluations = run(model, spec)
     assert [sigma for sigma, _ in model.evaluated] == list(spec.sigmas[:-1])
     assert [e.sigma for e in evaluations] == list(spec.sigmas[:-1])
     assert all(e.computed and e.seconds >= 0 for e in evaluations)
-    assert plan == DenoisePlan(spec)
     assert len(model.clamped) == 1 + 5
     assert torch.equal(model.clamped[0], normal(1, 4, 3))
     assert bool((latents[:, 0] == 9).all())
@@ -187,14 +190,14 @@ def test_the_loop_evaluates_every_level_once_and_clamps_after_every_step():
 
 def test_latents_are_stored_in_the_samplers_precision():
     model = Stub()
-    latents, _, _ = run(model, SamplerSpec(shifted_sigmas(3), "unipc", torch.bfloat16))
+    latents, _ = run(model, SamplerSpec(shifted_sigmas(3), "unipc", torch.bfloat16))
     assert latents.dtype == torch.bfloat16
     assert {x.dtype for x in model.clamped} == {torch.bfloat16}
 
 
 def test_guidance_leads_away_from_the_unconditional_branch():
     model = Stub()
-    latents, _, _ = run(model, SamplerSpec((1.0, 0.0), guidance=3.0), (2.0, 0.5))
+    latents, _ = run(model, SamplerSpec((1.0, 0.0), guidance=3.0), (2.0, 0.5))
     assert model.evaluated == [(1.0, 2.0), (1.0, 0.5)]
     # velocities are linear in the pull, so guided ones pull towards 0.5 + 3 (2 - 0.5)
     assert torch.allclose(latents[:, 1:], torch.full((1, 3, 3), 5.0), atol=1e-5)
@@ -217,27 +220,75 @@ def test_fresh_noise_is_numbered_by_step():
     assert asked == [0, 1, 2]
 
 
-def test_the_plan_can_be_refined_once_from_the_first_evaluation():
-    model, spec, calls = Stub(), SamplerSpec(shifted_sigmas(8)), []
-
-    def refine(plan: DenoisePlan, clean: Tensor, captured: Mapping[str, Tensor]) -> DenoisePlan:
-        calls.append((clean, float(captured["pull"])))
-        return DenoisePlan(SamplerSpec(shifted_sigmas(2)), "seen before")
-
-    latents, evaluations, plan = run(model, spec, refine=refine)
-    assert [e.sigma for e in evaluations] == [1.0, 0.5]
-    assert plan.reason == "seen before"
-    ((clean, pull),) = calls
-    assert pull == 2.0
-    assert torch.allclose(clean, torch.full_like(clean, 2.0), atol=1e-5)
-    assert torch.allclose(latents[:, 1:], torch.full((1, 3, 3), 2.0), atol=1e-5)
+def begun(model: Stub, plan: DenoisePlan, batch: int = 1) -> Denoising:
+    noise = normal(1, 4, 3).expand(batch, -1, -1).clone()
+    return Denoising(model, noise, (2.0,), None, plan, attend, no_noise)  # type: ignore[arg-type]
 
 
-def test_a_refined_plan_from_another_noise_level_keeps_the_sampler():
-    def refine(plan: DenoisePlan, clean: Tensor, captured: Mapping[str, Tensor]) -> DenoisePlan:
-        return DenoisePlan(SamplerSpec(shifted_sigmas(2, first=0.8)), "elsewhere")
+def test_reused_outputs_are_held_and_the_last_step_is_computed():
+    model, spec = Stub(), SamplerSpec(shifted_sigmas(4))
+    run_ = begun(model, DenoisePlan(spec, computed=(0, 3)))
+    latents, evaluations = run_.run(), run_.evaluations()
+    assert [sigma for sigma, _ in model.evaluated] == [spec.sigmas[0], spec.sigmas[3]]
+    assert [e.computed for e in evaluations] == [True, False, False, True]
+    # in plain Euler a held velocity is one long step
+    coarse = begun(Stub(), DenoisePlan(SamplerSpec((spec.sigmas[0], spec.sigmas[3], 0.0)))).run()
+    assert torch.allclose(latents, coarse, atol=1e-5)
 
-    spec = SamplerSpec(shifted_sigmas(4))
-    _, evaluations, plan = run(Stub(), spec, refine=refine)
-    assert [e.sigma for e in evaluations] == list(spec.sigmas[:-1])
-    assert plan == DenoisePlan(spec, "elsewhere")
+
+class Bent(Stub):
+    """Velocities that are a line over sigma: extrapolation is exact there."""
+
+    def velocity(self, x: Tensor, sigma: float, inputs: float, context: object, attend: object) -> Any:
+        self.evaluated.append((sigma, inputs))
+        return torch.full_like(x, 1.0 + 2.0 * sigma), {}
+
+
+def test_extrapolation_follows_a_line_and_never_feeds_on_itself():
+    spec = SamplerSpec(shifted_sigmas(6))
+    exact = begun(Bent(), DenoisePlan(spec)).run()
+    guessed = begun(Bent(), DenoisePlan(spec, computed=(0, 1, 5), rule="extrapolate")).run()
+    held = begun(Bent(), DenoisePlan(spec, computed=(0, 1, 5))).run()
+    assert torch.allclose(exact, guessed, atol=1e-5)
+    assert float((exact - held).abs().max()) > 0.1
+
+
+def test_a_look_evaluates_nothing_twice_and_a_refined_plan_goes_on_from_there():
+    model, spec = Stub(), SamplerSpec(shifted_sigmas(8))
+    first = begun(model, DenoisePlan(spec, look=1), batch=2)
+    change = first.change()
+    assert change.shape == (2,)
+    assert [sigma for sigma, _ in model.evaluated] == list(spec.sigmas[:2])
+    assert bool((change < 1e-3).all())  # the stub always predicts the same
+    short = SamplerSpec((*spec.sigmas[:2], 0.4, 0.0))
+    rest = first.refined(DenoisePlan(short, "seen before"))
+    latents = rest.run()
+    assert [e.sigma for e in rest.evaluations()] == list(short.sigmas[:-1])
+    assert len(model.evaluated) == 3
+    assert torch.allclose(latents[:, 1:], torch.full((2, 3, 3), 2.0), atol=1e-5)
+    with pytest.raises(ValueError, match="only below the levels"):
+        first.refined(DenoisePlan(SamplerSpec(shifted_sigmas(2))))
+
+
+def test_some_worlds_of_a_batch_go_on_alone_only_where_the_model_can(tiny_engine: Engine):
+    first = begun(Stub(), DenoisePlan(SamplerSpec(shifted_sigmas(4)), look=1), batch=2)
+    first.change()
+    with pytest.raises(ValueError, match="cannot go on with some worlds"):
+        first.refined(DenoisePlan(SamplerSpec(shifted_sigmas(4))), [1])
+
+
+@pytest.mark.parametrize("look", [None, 0])
+def test_only_a_plan_that_looks_can_be_asked_for_change(look: int | None):
+    with pytest.raises(ValueError, match="look"):
+        begun(Stub(), DenoisePlan(SamplerSpec(shifted_sigmas(4)), look=look)).change()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_tail_falls_from_where_the_chunk_is(shift: float):
+    levels = tail(0.8, 3, shift)
+    assert len(levels) == 3
+    assert 0.8 > levels[0] > levels[1] > levels[2] == 0
+    if shift == 1.0:
+        assert levels == pytest.approx((0.8 * 2 / 3, 0.8 / 3, 0.0))
+    whole = shifted_sigmas(4, shift)
+    assert tail(whole[1], 3, shift) == pytest.approx(whole[2:])

@@ -6,7 +6,7 @@ A solver object lives for one chunk; it may remember earlier evaluations of that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -25,6 +25,10 @@ class Solver(Protocol):
         """x and velocity [B, T, ...], float32 -> x at the next noise level."""
         ...
 
+    def refined(self, sigmas: tuple[float, ...], rows: Sequence[int] | None = None) -> Solver:
+        """The solver gone on with other levels below the last one, for some worlds of the batch (None: all)."""
+        ...
+
 
 class Euler:
     """x + (sigma' - sigma) velocity."""
@@ -35,6 +39,10 @@ class Euler:
     def step(self, i: int, x: Tensor, velocity: Tensor, noise: Noise) -> Tensor:
         """See `Solver.step`."""
         return x + (self._sigmas[i + 1] - self._sigmas[i]) * velocity
+
+    def refined(self, sigmas: tuple[float, ...], rows: Sequence[int] | None = None) -> Euler:
+        """See `Solver.refined`."""
+        return Euler(sigmas)
 
 
 class Renoise:
@@ -48,6 +56,10 @@ class Renoise:
         clean = x - self._sigmas[i] * velocity
         after = self._sigmas[i + 1]
         return clean if after == 0 else (1 - after) * clean + after * noise(i)
+
+    def refined(self, sigmas: tuple[float, ...], rows: Sequence[int] | None = None) -> Renoise:
+        """See `Solver.refined`."""
+        return Renoise(sigmas)
 
 
 class UniPC:
@@ -71,6 +83,15 @@ class UniPC:
         self._clean = [*self._clean[-1:], clean]
         self._start = x
         return self._predict(i, x)
+
+    def refined(self, sigmas: tuple[float, ...], rows: Sequence[int] | None = None) -> UniPC:
+        """See `Solver.refined`."""
+        other = UniPC(sigmas)
+        other._clean, other._start = list(self._clean), self._start
+        if rows is not None:
+            other._clean = [t[list(rows)] for t in self._clean]
+            other._start = None if self._start is None else self._start[list(rows)]
+        return other
 
     def _lambda(self, i: int) -> float:
         sigma = self._sigmas[i]

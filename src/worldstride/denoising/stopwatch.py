@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 
 import torch
+
+Moment = float | torch.cuda.Event
 
 
 class Stopwatch:
@@ -13,22 +14,41 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._times: list[float] = []
-        self._events: list[torch.cuda.Event] = []
-        self.mark()
+        self._stretches: list[tuple[Moment, Moment]] = []
+        self._from = self._now()
+
+    def _now(self) -> Moment:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        """Begin a stretch here; what happened since the last mark belongs to none."""
+        self._from = self._now()
 
     def mark(self) -> None:
         """End one stretch and begin the next."""
-        if not self._cuda:
-            self._times.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
+        now = self._now()
+        self._stretches.append((self._from, now))
+        self._from = now
+
+    def fork(self) -> Stopwatch:
+        """A stopwatch with the same stretches so far."""
+        other = object.__new__(Stopwatch)
+        other._cuda, other._stretches, other._from = self._cuda, list(self._stretches), self._from
+        return other
 
     def seconds(self) -> list[float]:
         """Length of every stretch; on a GPU this waits for the last one to end."""
-        if self._events:
-            self._events[-1].synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._events)]
-        return [b - a for a, b in pairwise(self._times)]
+        return [_between(a, b) for a, b in self._stretches]
+
+
+def _between(start: Moment, end: Moment) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    raise TypeError("a stretch begins and ends on one clock")
