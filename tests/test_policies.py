@@ -16,12 +16,21 @@ import worldstride.worlds
 from walking import FORWARD, TURN, same
 from worldstride import Acceleration, Action, Engine
 from worldstride.bench import gate
+from worldstride.bench.walks import FIRST_SEED, TRAJECTORIES, Trajectory, trajectory
 from worldstride.camera import camera_from_pose, intrinsics_from_fov
 from worldstride.cli import main
 from worldstride.context.dynamics import Dynamics, latent_change, window_length
-from worldstride.context.gate import Gate
+from worldstride.context.gate import Gate, PoseScores
 from worldstride.context.history import History
-from worldstride.context.policy import PUBLISHED, PolicyState, SpatialMemory, TemporalWindow, plan_context
+from worldstride.context.policy import (
+    PUBLISHED,
+    PolicyState,
+    PoseView,
+    SpatialMemory,
+    TemporalWindow,
+    observe_change,
+    plan_context,
+)
 from worldstride.context.retrieval import frustum_points
 from worldstride.context.selection import select
 from worldstride.context.similarity import (
@@ -156,17 +165,19 @@ def test_what_memory_adds_is_what_the_window_does_not_show():
 def test_exploring_drops_memory_and_coming_back_keeps_it(spatial: SpatialMemory):
     state = PolicyState()
     out, more = turning(torch.arange(0.0, 60, 3)), turning(torch.tensor([60.0, 63]))
-    plan, signals, state = plan_context(bank(out), SHAPE, more, POINTS, K, state, spatial=spatial)
+    view = PoseView().look(K)
+    plan, signals, state = plan_context(bank(out), SHAPE, more, POINTS, K, state, spatial=spatial, view=view)
     assert plan.memory == ()
     assert len(plan.window) == 4
     assert plan.sink == (0,)
     assert plan.reason.startswith("exploring, memory dropped: old views show 0.")
-    assert signals.old_clip is not None and signals.newest_clip is not None
-    assert signals.old_clip < signals.newest_clip
+    assert signals.pose is not None and signals.pose.old is not None
+    assert signals.pose.old < signals.pose.newest
+    assert (signals.metres, signals.degrees) == pytest.approx((0, 9), abs=0.01)
     assert not state.revisiting
     there = turning(torch.cat([torch.arange(0.0, 60, 3), torch.arange(57.0, 30, -3)]))
     plan, signals, state = plan_context(
-        bank(there), SHAPE, turning(torch.tensor([27.0, 24])), POINTS, K, state, spatial=spatial
+        bank(there), SHAPE, turning(torch.tensor([27.0, 24])), POINTS, K, state, spatial=spatial, view=view
     )
     assert len(plan.memory) == 3
     assert state.revisiting
@@ -176,14 +187,16 @@ def test_exploring_drops_memory_and_coming_back_keeps_it(spatial: SpatialMemory)
 def test_change_shortens_the_window_and_the_state_moves_on():
     where, state = ahead(torch.arange(12.0)), PolicyState()
     for values in (torch.zeros(12), torch.cat([torch.zeros(10), torch.ones(2)])):
-        plan, signals, state = plan_context(
-            bank(where, values), SHAPE, ahead(torch.arange(12.0, 14)), POINTS, K, state, temporal=TemporalWindow(0.5)
-        )
-    assert signals.change == 1
-    assert signals.dynamics == 0.5
+        state = observe_change(bank(where, values), SHAPE, 0.5, state)
     assert state.dynamics.changes == (0, 1)
+    plan, signals, after = plan_context(
+        bank(where), SHAPE, ahead(torch.arange(12.0, 14)), POINTS, K, state, temporal=TemporalWindow(0.5)
+    )
+    assert after is state
+    assert (signals.change, signals.dynamics) == (1, 0.5)
     assert len(plan.window) == 2  # 4 x 0.5 / (0.5 + 0.5)
     assert plan.reason == "window 2 of 4: change 0.5, median 0.5"
+    assert observe_change(bank(where[:3]), SHAPE, 0.5, PolicyState()) == PolicyState()  # too short for two chunks
 
 
 def test_no_policy_is_the_plain_plan():
@@ -196,7 +209,7 @@ def test_no_policy_is_the_plain_plan():
         History(), SHAPE, coming, POINTS, K, state, temporal=TemporalWindow(), spatial=SpatialMemory()
     )
     assert empty.rows == []
-    assert (signals.change, signals.old_clip, signals.newest_clip) == (None, None, 0.0)
+    assert (signals.change, signals.pose) == (None, PoseScores())
 
 
 POLICIES = Acceleration(
@@ -208,7 +221,7 @@ def test_sessions_under_policies_fork_and_resume_bit_for_bit(tiny_engine: Engine
     session = tiny_engine.new(seed=3)
     session.acceleration = POLICIES
     reports = [session.step(move).report for move in (FORWARD, TURN, TURN, FORWARD)]
-    assert all(r.signals.newest_clip is not None for r in reports)
+    assert all(r.signals.pose is not None for r in reports)
     assert reports[-1].signals.dynamics is not None
     session.save(tmp_path / "a.world")
     resumed, forked = worldstride.open(tmp_path / "a.world", engine=tiny_engine), session.fork()
@@ -223,7 +236,7 @@ def test_sessions_under_policies_fork_and_resume_bit_for_bit(tiny_engine: Engine
 
 def test_settings_go_through_json():
     assert Acceleration.from_json(POLICIES.to_json()) == POLICIES
-    published = {"score": "similarity", "threshold": 0.7, "hysteresis": 0, "view": "ball"}
+    published = {"score": "similarity", "threshold": 0.7, "hysteresis": 0}
     assert Acceleration.from_json({"spatial": published}).spatial == PUBLISHED
 
 
@@ -233,13 +246,11 @@ def test_settings_go_through_json():
         ({"spatial": {"treshold": 0.5}}, r"acceleration.spatial: unknown setting 'treshold' .did you mean 'threshold'"),
         ({"spatial": {"threshold": 1.5}}, "acceleration.spatial.threshold must be a number at least 0 and at most 1"),
         ({"spatial": {"margin": "wide"}}, "acceleration.spatial.margin must be a number"),
-        ({"spatial": {"view": "sphere"}}, "spatial.view must be one of frustum, ball, got 'sphere'"),
-        ({"spatial": {"reach": 0}}, "acceleration.spatial.reach must be a number above 0"),
         ({"spatial": {"margin": 0.1}}, "spatial.margin goes with score 'similarity', not with 'added'"),
-        ({"spatial": {"score": "old"}}, "spatial.score must be one of added, similarity, got 'old'"),
+        ({"spatial": {"score": "old"}}, "spatial.score must be one of added, known, similarity, got 'old'"),
         ({"temporal": {"weight": 0}}, "acceleration.temporal.weight must be a number above 0 and at most 1, got 0"),
         ({"temporal": {"scale": math.nan}}, "acceleration.temporal.scale must be a number"),
-        ({"temporal": 3}, "acceleration.temporal must be a JSON object of settings, got int"),
+        ({"temporal": 3}, "acceleration.temporal must be a table of settings, got int"),
     ],
 )
 def test_bad_policies_are_refused(values: dict[str, object], message: str):
@@ -262,7 +273,7 @@ def test_bad_views_are_refused(make: Callable[[], View]):
 
 
 def chunk_signals(**values: float) -> gate.ChunkSignals:
-    return gate.ChunkSignals("walk", 1, **{"old": 0.0, "newest": 0.0, "added": 0.0, "truth": 0.0, **values})
+    return gate.ChunkSignals("walk", 1, PoseScores(**values), 0.0)
 
 
 def test_agreement_counts():
@@ -288,19 +299,22 @@ def test_going_back_is_a_revisit_and_what_cameras_add_tells_so():
     assert all(c.truth < gate.NEEDED for c in out[: way // 2])
     assert all(c.truth > gate.NEEDED for c in out[-way // 2 :])
     truth = [c.truth >= gate.NEEDED for c in chunks]
-    assert gate.area_under_curve(truth, [c.added for c in chunks]) > 0.9
+    assert gate.area_under_curve(truth, [c.pose.added or 0.0 for c in chunks]) > 0.9
     with pytest.raises(InputError, match="at least 12 frames"):
         gate.observe(VIEWS["frustum"], ["walk"], 1, 11, window=4)
 
 
-@pytest.mark.parametrize("kind", gate.TRAJECTORIES)
-def test_trajectories_have_the_frames_asked_for(kind: gate.Trajectory):
-    scene = worldstride.worlds.scene_from_seed("courtyard", [gate.FIRST_SEED])
-    poses = gate.trajectory(scene, kind, 31, gate.FIRST_SEED)
+@pytest.mark.parametrize("kind", TRAJECTORIES)
+def test_trajectories_have_the_frames_asked_for(kind: Trajectory):
+    scene = worldstride.worlds.scene_from_seed("courtyard", [FIRST_SEED])
+    poses = trajectory(scene, kind, 7, 31, FIRST_SEED)
     assert poses.shape == (1, 31, 4)
     assert bool(poses.isfinite().all())
     if kind == "out and back":
-        assert torch.equal(poses[0, 1:16], poses[0, 16:].flip(0))
+        assert torch.equal(poses[0, 7:19], poses[0, 19:].flip(0))
+    if kind == "random keys":
+        assert torch.equal(poses, trajectory(scene, kind, 7, 31, FIRST_SEED))
+        assert not torch.equal(poses, trajectory(scene, kind, 7, 31, FIRST_SEED + 1))
 
 
 def test_the_gate_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

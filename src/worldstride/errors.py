@@ -38,3 +38,17 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     """A hint at the known word nearest to an unknown one, to stand behind it in a text; empty where none is near."""
     near = difflib.get_close_matches(str(word), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def number_in(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    """Raise `InputError` unless `value` is a number in [low, high], or in (low, high] where `open_low`."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (open_low and value == low):
+        interval = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
+        raise InputError(f"{name} must be a number {interval}, got {value!r}")
+
+
+def integer_from(name: str, value: object, least: int) -> None:
+    """Raise `InputError` unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -139,6 +139,66 @@ class Compilable(Protocol):
 
 
 @runtime_checkable
+class KeepsLatents(Protocol):
+    """A model whose remembered latents keep their keys and values from chunk to chunk. No model needs to be one."""
+
+    def encode_latents(
+        self,
+        latents: Tensor,
+        cameras: Tensor,
+        actions: Sequence[Action | None],
+        positions: Tensor,
+        kinds: Tensor,
+        past: Context | None,
+        attend: Attend,
+    ) -> Tensor:
+        """What is kept of each of latents [B, N, ...] (see `WorldModel.encode_context`): a tensor [B, N, ...].
+
+        They see each other and `past`. What is kept holds neither rank nor kind.
+        """
+        ...
+
+    def join_context(self, kept: Sequence[Tensor], positions: Tensor, kinds: Tensor) -> Context:
+        """Context of N latents from what was kept of each [B, ...], at ranks [N] of kinds [N]."""
+        ...
+
+
+@runtime_checkable
+class ReusesAttention(Protocol):
+    """A model whose attention to the context can be kept from one evaluation to the next. No model needs to be one."""
+
+    def apart(self, context: Context) -> Context:
+        """The same context; evaluations then keep their attention to it apart, and capture it."""
+        ...
+
+    def reuse(self, context: Context, captured: Mapping[str, Any]) -> Context:
+        """A context whose attention is what an evaluation captured."""
+        ...
+
+
+@runtime_checkable
+class Narrows(Protocol):
+    """A model that can go on with some worlds of a batch. No model needs to be one."""
+
+    def narrow(self, inputs: Inputs, context: Context, rows: Sequence[int]) -> tuple[Inputs, Context]:
+        """Inputs and context of some worlds of a batch."""
+        ...
+
+
+@runtime_checkable
+class Costed(Protocol):
+    """A model that knows what its passes cost. No model needs to be one."""
+
+    def context_flops(self, encoded: int, seen: int) -> float:
+        """Floating-point operations of encoding latents that attend to `seen` latents each, themselves among them."""
+        ...
+
+    def evaluation_flops(self, latents: int, context: int) -> float:
+        """Floating-point operations of one evaluation of latents that attend to each other and to `context` ones."""
+        ...
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """Latents to frames and back, streaming: the caller carries the state."""
 
@@ -215,7 +275,7 @@ class WorldModel(Protocol):
 
     def velocity(
         self, x: Tensor, sigma: float, inputs: Inputs, context: Context, attend: Attend
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    ) -> tuple[Tensor, Mapping[str, Any]]:
         """Velocity (noise - clean) [B, T, ...] at x, and what was captured on the way (may be empty)."""
         ...
 

@@ -38,16 +38,18 @@ def latent_change(newest: Tensor, before: Tensor) -> Tensor:
     return (newest.float() - before.float()).square().mean()
 
 
-def window_length(dynamics: Dynamics, longest: int, scale: float, opposite: bool = False) -> int:
+def window_length(dynamics: Dynamics, longest: int, scale: float, opposite: bool = False, multiple: int = 1) -> int:
     """Latents to keep in the temporal window, in [1, longest]: round(longest x kappa / (D + kappa)).
 
     D is the smoothed change and kappa = `scale` x running median. Before two changes are known the window is whole.
-    With `opposite`, more change keeps more history: round(longest x D / (D + kappa)).
+    With `opposite`, more change keeps more history: round(longest x D / (D + kappa)). Lengths are rounded to a
+    `multiple`, at least one of it.
     """
     if dynamics.average is None or len(dynamics.changes) < 2:
         return longest
     kappa = scale * (dynamics.median or 0.0)
     if kappa + dynamics.average <= 0:  # nothing has ever moved
-        return 1 if opposite else longest
+        return min(multiple, longest) if opposite else longest
     share = kappa / (dynamics.average + kappa)
-    return min(longest, max(1, math.floor(longest * (1 - share if opposite else share) + 0.5)))
+    wanted = longest * (1 - share if opposite else share) / multiple
+    return min(longest, multiple * max(1, math.floor(wanted + 0.5)))

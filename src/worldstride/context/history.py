@@ -79,6 +79,14 @@ class History:
         while len(self._entries) > self.limit:
             del self._entries[self._least_telling()]
 
+    def replaced(self, latents: Tensor) -> History:
+        """A history whose newest latents are these [T, ...]; cameras and actions stay."""
+        newest = [
+            Remembered(e.index, latent.clone(), e.camera, e.action)
+            for e, latent in zip(self._entries[-len(latents) :], latents, strict=True)
+        ]
+        return History(self.limit, self.hot, self.sink, (*self._entries[: -len(latents)], *newest))
+
     def _least_telling(self) -> int:
         stop = len(self._entries) - self.hot + 1
         poses = torch.stack([e.camera for e in self._entries[self.sink - 1 if self.sink else 0 : stop]])
@@ -95,7 +103,12 @@ class History:
         """Latents [N, ...] of kept entries, on the device."""
         if not rows:
             return torch.empty(0, *shape, device=device)
-        return torch.stack([self._entries[i].latent.to(device) for i in rows])
+        found = [self._entries[i].latent for i in rows]
+        away = [i for i, latent in enumerate(found) if latent.device != device]
+        if away:  # all in one transfer
+            for i, latent in zip(away, torch.stack([found[i] for i in away]).to(device).unbind(), strict=True):
+                found[i] = latent
+        return torch.stack(found)
 
 
 def camera_distance(a: Tensor, b: Tensor) -> Tensor:

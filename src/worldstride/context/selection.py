@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from worldstride.context import retrieval
+from worldstride.context.gate import PoseScores
 from worldstride.context.history import History
+from worldstride.errors import InputError
 from worldstride.protocol import KINDS, ChunkShape
 
 
@@ -26,12 +29,12 @@ class Signals:
     """Mean squared change between the last two finished chunks; None where no policy asked."""
     dynamics: float | None = None
     """Its moving average."""
-    old_clip: float | None = None
-    """Pose similarity of the best old clip; None where no policy asked or there is none."""
-    newest_clip: float | None = None
-    """Pose similarity of the newest clip; None where no policy asked."""
-    added: float | None = None
-    """Share of the coming views that old latents saw and the window did not; None as for `old_clip`."""
+    pose: PoseScores | None = None
+    """Scores from cameras; None where no policy asked."""
+    metres: float = 0.0
+    """Speed of the coming cameras, metres a frame."""
+    degrees: float = 0.0
+    """Turning speed of the coming cameras, degrees a frame."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,12 @@ def spans(kept: int, shape: ChunkShape, window: int | None = None) -> tuple[int,
 def select(
     history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor,
     window: int | None = None, memory: int | None = None, reason: str = "full compute",
+    recall: Sequence[int] | None = None,
 ) -> tuple[ContextPlan, Signals]:  # fmt: skip
     """Plan a chunk with cameras coming [F, 4, 4]; `window` and `memory` reduce what full compute would keep.
 
-    The re-imposed latents at the head of the chunk are part of the chunk, not of its context.
+    The re-imposed latents at the head of the chunk are part of the chunk, not of its context. `recall` names places
+    between sink and window to bring back in place of those found by pose.
     """
     kept = len(history) - shape.clean
     sink, recent = spans(kept, shape, window)
@@ -91,7 +96,27 @@ def select(
             weights, shown = every[:, : len(candidates)], every[:, len(candidates) :]
             valid = torch.ones(1, len(candidates), dtype=torch.bool)
             picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count)[0].sort().values
+            if recall is not None:
+                picks = torch.tensor(_checked(recall, candidates, count), dtype=torch.long) - sink
             chosen = [candidates[i] for i in picks.tolist()]
             similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
     plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), reason)
-    return plan, Signals(similarity, newest, len(candidates))
+    metres, degrees = _speed(history.cameras([kept - 1]), coming) if kept else (0.0, 0.0)
+    return plan, Signals(similarity, newest, len(candidates), metres=metres, degrees=degrees)
+
+
+def _checked(recall: Sequence[int], candidates: Sequence[int], count: int) -> list[int]:
+    chosen, known = sorted(recall), set(candidates)
+    if len(chosen) != count or len(set(chosen)) != count or not known.issuperset(chosen):
+        raise InputError(
+            f"recall must name {count} different places from {candidates[0]} to {candidates[-1]}, got {list(recall)}"
+        )
+    return chosen
+
+
+def _speed(last: Tensor, coming: Tensor) -> tuple[float, float]:
+    """Metres and degrees a frame from the newest remembered camera [1, 4, 4] along the coming ones [F, 4, 4]."""
+    path = torch.cat([last.float(), coming.cpu().float()])
+    moved = path[:, :3, 3].diff(dim=0).norm(dim=-1).mean()
+    cosine = ((path[:-1, :3, :3] * path[1:, :3, :3]).sum((-1, -2)) - 1) / 2
+    return float(moved), float(torch.rad2deg(cosine.clamp(-1, 1).arccos()).mean())

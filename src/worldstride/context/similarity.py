@@ -18,8 +18,8 @@ from torch import Tensor
 from worldstride import camera
 from worldstride.errors import InputError
 
-_BLOCK = 512
-"""Remembered cameras whose points are transformed at once, so that a long history needs little memory."""
+_AT_ONCE = 100_000
+"""Points that are transformed at once: they stay in the cache, and a long history needs little memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +41,14 @@ class View:
 
     def contains(self, points: Tensor) -> Tensor:
         """Whether points [..., 3] in camera space are in view: bool [...]."""
-        x, y, z = points.unbind(-1)
+        return self._inside(*points.unbind(-1))
+
+    def _inside(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         wide = x.abs() <= self.tangent_x * z
         if self.angular:  # elevation is measured from the horizontal plane through the camera's axis
-            flat = (x * x + z * z).sqrt()
-            return wide & (z > 0) & (y.abs() <= self.tangent_y * flat) & (points.square().sum(-1) < self.reach**2)
+            flat = x * x + z * z
+            high = y * y
+            return wide & (z > 0) & (high <= self.tangent_y**2 * flat) & (flat + high < self.reach**2)
         return wide & (y.abs() <= self.tangent_y * z) & (z > self.near) & (z < self.reach)
 
 
@@ -89,11 +92,12 @@ def frustum_view(
 
 def visible(queries: Tensor, memory: Tensor, view: View) -> Tensor:
     """Which points in view of coming cameras [Q, 4, 4] remembered ones [N, 4, 4] have in view too: bool [Q, N, P]."""
-    points, parts = view.points.to(queries), [torch.empty(len(queries), 0, len(view.points), dtype=torch.bool)]
-    for some in memory.split(_BLOCK):
-        relative = camera.invert(some)[None] @ queries[:, None]  # [Q, N, 4, 4]: query's space -> memory's space
-        local = torch.einsum("qnij,pj->qnpi", relative[..., :3, :3], points) + relative[..., None, :3, 3]
-        parts.append(view.contains(local))
+    points, count = view.points.to(queries), len(queries) * len(view.points)
+    relative = camera.invert(memory)[None] @ queries[:, None]  # [Q, N, 4, 4]: query's space -> memory's space
+    turned, moved = relative[..., :3, :3], relative[..., :3, 3, None]
+    parts = [torch.empty(len(queries), 0, len(points), dtype=torch.bool)]
+    for turn, move in zip(*(t.split(max(1, _AT_ONCE // count), 1) for t in (turned, moved)), strict=True):
+        parts.append(view.contains((turn @ points.mT + move).movedim(-2, -1)))
     return torch.cat(parts, 1)
 
 

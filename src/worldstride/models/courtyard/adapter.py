@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from worldstride import camera
-from worldstride.attention import Attend
+from worldstride.attention import Attend, Partial
 from worldstride.control import Action
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError
+from worldstride.models.courtyard import cost
 from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_levels
-from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry
+from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
 
@@ -29,8 +31,11 @@ away at); every other number of steps runs unshifted."""
 class CourtyardContext:
     """Keys and values of remembered frames, one pair a block."""
 
-    keys_values: tuple[KeysValues, ...]
+    keys_values: tuple[KeysValues | Partial, ...]
+    """Or, for reuse, attention to them."""
     latents: int
+    apart: bool = False
+    """Whether evaluations keep attention to the context apart, and capture it."""
 
     @property
     def bytes(self) -> int:
@@ -100,25 +105,86 @@ class CourtyardModel:
         """One pass over all remembered frames; nothing of `previous` is kept."""
         if latents.shape[1] == 0:
             return CourtyardContext((), 0)
-        cameras, lead = cameras.to(self.device), latents.shape[:2]
-        where = geometry(
-            self.config, cameras, positions.to(self.device).expand(lead), kinds.to(self.device).expand(lead)
-        )
-        clean = latents.to(self.device, self.dtype)
+        written = self._written(latents, cameras, positions, kinds, None, attend)
+        return CourtyardContext(tuple(written), latents.shape[1])
+
+    def encode_latents(
+        self,
+        latents: Tensor,
+        cameras: Tensor,
+        actions: Sequence[Action | None],
+        positions: Tensor,
+        kinds: Tensor,
+        past: Context | None,
+        attend: Attend,
+    ) -> Tensor:
+        """Keys and values [B, N, depth, 2, heads, tokens, head_dim] of frames that see each other and `past`."""
+        written = self._written(latents, cameras, positions, kinds, None if past is None else _own(past), attend)
+        count, ranks, roles = latents.shape[1], positions.to(self.device), kinds.to(self.device)
+        keys, values = (torch.stack([pair[i] for pair in written], 1) for i in (0, 1))  # [B, depth, heads, N n, e]
+        keys, values = (t.unflatten(3, (count, -1)).movedim(3, 1) for t in (keys, values))  # [B, N, depth, heads, n, e]
+        return torch.stack([turn(self.config, keys, ranks, roles, back=True), values], 3)
+
+    def join_context(self, kept: Sequence[Tensor], positions: Tensor, kinds: Tensor) -> CourtyardContext:
+        """Context of frames whose keys and values [B, depth, 2, heads, tokens, head_dim] were kept."""
+        if not kept:
+            return CourtyardContext((), 0)
+        every = torch.stack(list(kept), 1)  # [B, N, depth, 2, heads, n, e]
+        keys = turn(self.config, every[:, :, :, 0], positions.to(self.device), kinds.to(self.device))
+        parts = (
+            t.permute(2, 0, 3, 1, 4, 5).flatten(3, 4) for t in (keys, every[:, :, :, 1])
+        )  # [depth, B, heads, N n, e]
+        return CourtyardContext(tuple(zip(*(part.unbind() for part in parts), strict=True)), len(kept))
+
+    def _written(
+        self, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor, past: CourtyardContext | None,
+        attend: Attend,
+    ) -> list[KeysValues]:  # fmt: skip
+        lead = latents.shape[:2]
+        ranks, roles = (t.to(self.device).expand(lead) for t in (positions, kinds))
+        where = geometry(self.config, cameras.to(self.device), ranks, roles)
         level = torch.zeros(lead[0], device=self.device)
-        written = self.network.context(clean, where, level, attend)
-        return CourtyardContext(tuple(written), lead[1])
+        seen = [p for p in past.keys_values if not isinstance(p, Partial)] if past is not None else None
+        return self.network.context(latents.to(self.device, self.dtype), where, level, attend, seen or None)
 
     def velocity(
         self, x: Tensor, sigma: float, inputs: CourtyardInputs, context: Context, attend: Attend
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    ) -> tuple[Tensor, Mapping[str, Any]]:
         """(x - predicted clean) / sigma; the prediction itself is captured as "clean"."""
-        if not isinstance(context, CourtyardContext):
-            raise TypeError(f"context must be a CourtyardContext, got {type(context).__name__}")
-        past = context.keys_values or (None,) * self.config.depth
+        held = _own(context)
+        past = held.keys_values or (None,) * self.config.depth
         level = torch.full((len(x),), sigma, device=self.device)
-        clean = self.network.denoise(x.to(self.dtype), inputs.geometry, level, past, attend).to(torch.float32)
-        return (x - clean) / sigma, {"clean": clean}
+        outer = list[Partial]() if held.apart and held.keys_values else None
+        clean = self.network.denoise(x.to(self.dtype), inputs.geometry, level, past, attend, outer).to(torch.float32)
+        return (x - clean) / sigma, {"clean": clean, "outer": outer}
+
+    def apart(self, context: Context) -> CourtyardContext:
+        """The same context; evaluations then keep their attention to it apart, and capture it as "outer"."""
+        return replace(_own(context), apart=True)
+
+    def reuse(self, context: Context, captured: Mapping[str, Any]) -> CourtyardContext:
+        """A context whose attention is what an earlier evaluation captured; without any, the context itself."""
+        outer = captured.get("outer")
+        return replace(_own(context), apart=False, **({"keys_values": tuple(outer)} if outer else {}))
+
+    def narrow(
+        self, inputs: CourtyardInputs, context: Context, rows: Sequence[int]
+    ) -> tuple[CourtyardInputs, CourtyardContext]:
+        """Inputs and context of some worlds of a batch."""
+        held, at, g = _own(context), torch.tensor(rows, device=self.device), inputs.geometry
+        tables = (None if t is None else t[at] for t in (g.features, g.cos, g.sin, g.project, g.unproject))
+        pairs = tuple(
+            Partial(p.out[at], p.lse[at]) if isinstance(p, Partial) else (p[0][at], p[1][at]) for p in held.keys_values
+        )
+        return CourtyardInputs(Geometry(*tables)), replace(held, keys_values=pairs)  # type: ignore[arg-type]
+
+    def context_flops(self, encoded: int, seen: int) -> float:
+        """See `Costed.context_flops`."""
+        return cost.context_flops(self.config, encoded, seen)
+
+    def evaluation_flops(self, latents: int, context: int) -> float:
+        """See `Costed.evaluation_flops`."""
+        return cost.evaluation_flops(self.config, latents, context)
 
     def clamp(self, x: Tensor, inputs: CourtyardInputs) -> Tensor:
         """No latents are given; x as it is."""
@@ -127,3 +193,9 @@ class CourtyardModel:
     def commit(self, clean: Tensor, inputs: CourtyardInputs) -> Tensor:
         """Pixels have a range and 256 levels: what is remembered (float16) is what was shown."""
         return from_levels(to_levels(clean)).half()
+
+
+def _own(context: Context) -> CourtyardContext:
+    if not isinstance(context, CourtyardContext):
+        raise TypeError(f"context must be a CourtyardContext, got {type(context).__name__}")
+    return context

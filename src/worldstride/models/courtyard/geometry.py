@@ -105,6 +105,21 @@ def _time_angles(ranks: Tensor, kinds: Tensor, tokens: int) -> Tensor:
     return time[:, :, None].expand(-1, -1, tokens, -1)  # [B, F, n, 4]
 
 
+def turn(config: CourtyardConfig, keys: Tensor, ranks: Tensor, kinds: Tensor, back: bool = False) -> Tensor:
+    """Keys [B, F, ..., head_dim] of rank and kind 0 at ranks [F] of kinds [F]; with `back` the other way round.
+
+    Only the temporal channels turn, since everything else that a key holds is in the world frame.
+    """
+    time = _time_angles(ranks[None], kinds[None], 1)[0, :, 0] * (-1 if back else 1)  # [F, 4]
+    count, rotary = time.shape[-1], config.head_dim - projective_channels(config)
+    first, second = config.head_dim - rotary // 2 - count, config.head_dim - count
+    shape = (1, len(time), *(1,) * (keys.ndim - 3), count)
+    cos, sin = (t.to(keys.dtype).view(shape) for t in (time.cos(), time.sin()))
+    pair = torch.cat([keys[..., first : first + count], keys[..., second:]], -1)
+    one, two = rope.rotate(pair, cos, sin).chunk(2, -1)
+    return torch.cat([keys[..., :first], one, keys[..., first + count : second], two], -1)
+
+
 def _own_features(cameras: Tensor, direction: Tensor) -> Tensor:
     forward = cameras[..., :3, 2]
     flat = forward[..., ::2] / forward[..., ::2].norm(dim=-1, keepdim=True).clamp_min(1e-6)

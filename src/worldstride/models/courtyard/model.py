@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride import rope
-from worldstride.attention import Attend
+from worldstride.attention import Attend, Partial, attend_partial, merge
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import FEATURES, Geometry, projective_channels
 
@@ -62,27 +62,45 @@ class Block(nn.Module):
         sin: Tensor,
         project: Tensor | None,  # [B, F, 4, 4]
         unproject: Tensor | None,
-        context: KeysValues | None,  # [B / R, heads, Nc, head_dim]: R chunks may share one context
+        context: KeysValues | Partial | None,  # [B / R, heads, Nc, head_dim]: R chunks may share one context
         attend: Attend,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens and this block's own keys and values [B, heads, N, head_dim]."""
+        split: bool = False,
+        last: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Partial | None]:
+        """Return the tokens, this block's own keys and values [B, heads, N, head_dim], and attention to the context.
+
+        The latter only where it is kept apart from the rest: with `split`, or given as `context` from such a call.
+        With `last` nobody asks for the tokens, and they are returned as they came.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table.to(x.dtype))[:, :, None].unbind(1)
         h = norm(x) * (1 + scale1) + shift1
         q, k, v = (linear(h, m).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
         q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
         q, k, v = self._place(q, k, v, cos, sin, project, unproject)
-        keys, values = k, v
-        if context is not None:
-            share = x.shape[0] // context[0].shape[0]
-            past_k, past_v = (t.repeat_interleave(share, 0) if share > 1 else t for t in context)
-            keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-        out = attend(q, keys, values)  # [B, heads, N, head_dim]
+        if last:
+            return x, k, v, None
+        out, outer = self._attend(q, k, v, context, attend, split)  # [B, heads, N, head_dim]
         if project is not None:
             out = self._mapped(out, project)
         x = x + (1 + gate1) * linear(out.transpose(1, 2).flatten(2), self.o)
         h = norm(x) * (1 + scale2) + shift2
         x = x + (1 + gate2) * linear(F.gelu(linear(h, self.up), approximate="tanh"), self.down)
-        return x, k, v
+        return x, k, v, outer
+
+    @staticmethod
+    def _attend(
+        q: Tensor, k: Tensor, v: Tensor, context: KeysValues | Partial | None, attend: Attend, split: bool
+    ) -> tuple[Tensor, Partial | None]:
+        if context is None:
+            return attend(q, k, v), None
+        if isinstance(context, Partial):
+            return merge(context, attend_partial(q, k, v)), context
+        share = q.shape[0] // context[0].shape[0]
+        past_k, past_v = (t.repeat_interleave(share, 0) if share > 1 else t for t in context)
+        if split:
+            outer = attend_partial(q, past_k, past_v)
+            return merge(outer, attend_partial(q, k, v)), outer
+        return attend(q, torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)), None
 
     def _place(
         self,
@@ -159,7 +177,7 @@ class CourtyardNetwork(nn.Module):
         self.final, self.final_level = nn.Parameter(torch.zeros(2, width)), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, (config.refine - 3 if config.refine else 3) * math.prod(config.patch))
         self.refine = Refine(config) if config.refine else None
-        self.run: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.forward
+        self.run: Callable[..., tuple[Tensor, Tensor, Tensor, Partial | None]] = Block.forward
         """What runs a block; a compiled `Block.forward` may stand in for it."""
         for layer in (self.level2, self.final_level, self.out):
             nn.init.zeros_(layer.weight)
@@ -173,25 +191,48 @@ class CourtyardNetwork(nn.Module):
         if self.refine is not None:
             self.refine.compile(dynamic=False)
 
-    def context(self, clean: Tensor, geometry: Geometry, sigma: Tensor, attend: Attend) -> list[KeysValues]:
-        """Keys and values of context frames clean [B, F, n, values] that hold noise of level sigma [B]."""
+    def context(
+        self,
+        clean: Tensor,
+        geometry: Geometry,
+        sigma: Tensor,
+        attend: Attend,
+        past: Sequence[KeysValues | None] | None = None,
+    ) -> list[KeysValues]:
+        """Keys and values of context frames clean [B, F, n, values] that hold noise of level sigma [B].
+
+        They see each other and, where it is given, `past`: another pass's keys and values, one pair a block.
+        """
         x = self._tokens(clean, self.clean_in, geometry)
         _, modulation = self._level(sigma, x.dtype)
-        written: list[KeysValues] = []
-        for block in self.blocks:
-            x, k, v = self.run(block, x, modulation, *self._tables(geometry, x.dtype), None, attend)
+        tables, written = self._tables(geometry, x.dtype), list[KeysValues]()
+        for i, (block, seen) in enumerate(zip(self.blocks, past or (None,) * len(self.blocks), strict=True)):
+            last = i + 1 == len(self.blocks)  # its tokens go nowhere
+            x, k, v, _ = self.run(block, x, modulation, *tables, seen, attend, False, last)
             written.append((k, v))
         return written
 
     def denoise(
-        self, noisy: Tensor, geometry: Geometry, sigma: Tensor, context: Sequence[KeysValues | None], attend: Attend
+        self,
+        noisy: Tensor,
+        geometry: Geometry,
+        sigma: Tensor,
+        context: Sequence[KeysValues | Partial | None],
+        attend: Attend,
+        outer: list[Partial] | None = None,
     ) -> Tensor:
-        """Clean patches [B, F, n, values] predicted from noisy ones of level sigma [B] against the context."""
+        """Clean patches [B, F, n, values] predicted from noisy ones of level sigma [B] against the context.
+
+        A list given as `outer` is filled with every block's attention to the context, for use as a later evaluation's
+        context.
+        """
         x = self._tokens(noisy, self.noisy_in, geometry)
         level, modulation = self._level(sigma, x.dtype)
         tables = self._tables(geometry, x.dtype)
         for block, past in zip(self.blocks, context, strict=True):
-            x, _, _ = self.run(block, x, modulation, *tables, past, attend)
+            x, _, _, part = self.run(block, x, modulation, *tables, past, attend, outer is not None)
+            if outer is not None and part is not None:
+                outer.append(part)
         scale, shift = (linear(level, self.final_level).unflatten(-1, (2, -1)) + self.final)[:, :, None].unbind(1)
         x = linear(norm(x) * (1 + scale).to(x.dtype) + shift.to(x.dtype), self.out)
         frames, tokens = noisy.shape[1:3]

@@ -1,0 +1,128 @@
+"""Context that is not rebuilt from nothing: keys and values of remembered latents are kept from chunk to chunk.
+
+Only latents of which nothing is kept are encoded; ranks and kinds are given anew by the model (for rotary positions a
+rotation of the temporal channels). Where latents see each other, a kept one holds what it saw when it was encoded and
+not what it would see now, so keeping it is approximate. Where each sees only itself, keeping it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from worldstride.attention import Attend
+from worldstride.context.history import History
+from worldstride.context.selection import ContextPlan
+from worldstride.errors import InputError, integer_from
+from worldstride.protocol import Context, KeepsLatents
+
+Sees = Literal["all", "before", "itself"]
+
+
+@dataclass(frozen=True)
+class KeptContext:
+    """Encode what is new and keep the rest."""
+
+    incremental: bool = True
+    """Keep keys and values from chunk to chunk; otherwise the whole context is encoded for every chunk, and `sees` is
+    all that matters."""
+    sees: Sees = "all"
+    """What latents see when they are encoded: "all", everything in the context; "before", what precedes their own
+    chunk, and that (chunk-causal); "itself", nothing else. The less, the cheaper, and the less goes stale; how much a
+    model loses depends on what it was trained with."""
+    refresh: int | None = None
+    """Chunks after which the whole context is encoded anew; None never does. Lower it where quality drifts."""
+    limit: int = 256
+    """Latents whose keys and values are kept, those used last; more cost memory, fewer cost encoding."""
+
+    def __post_init__(self) -> None:
+        integer_from("acceleration.kept.limit", self.limit, 1)
+        if self.refresh is not None:
+            integer_from("acceleration.kept.refresh", self.refresh, 1)
+        if not isinstance(self.incremental, bool):
+            raise InputError(f"acceleration.kept.incremental must be true or false, got {self.incremental!r}")
+        if self.sees not in get_args(Sees):
+            raise InputError(f"acceleration.kept.sees must be one of {', '.join(get_args(Sees))}, got {self.sees!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptLatents:
+    """What a session keeps of its latents; entries are never written to, so that forks share them."""
+
+    records: Mapping[int, Tensor] = field(default_factory=dict)
+    """Number of a latent in its world -> what the model keeps of it, least recently used first."""
+    age: int = 0
+    """Chunks since the whole context was encoded."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all records."""
+        return sum(t.numel() * t.element_size() for t in self.records.values())
+
+    def absent(self, settings: KeptContext, history: History, plan: ContextPlan) -> tuple[int, ...]:
+        """Which of the plan's rows (by place in `plan.rows`) have to be encoded."""
+        rows = plan.rows
+        if not settings.incremental or (settings.refresh is not None and self.age >= settings.refresh):
+            return tuple(range(len(rows)))
+        return tuple(i for i, row in enumerate(rows) if history.entries[row].index not in self.records)
+
+    def used(
+        self, settings: KeptContext, numbers: Sequence[int], records: Sequence[Tensor], whole: bool
+    ) -> KeptLatents:
+        """After a chunk whose context was latents `numbers` with `records`; `whole` if all of them are new."""
+        if not settings.incremental:
+            return self
+        fresh = dict(zip(numbers, records, strict=True))
+        order = {**{k: v for k, v in self.records.items() if k not in fresh}, **fresh}
+        newest = list(order.items())[-max(settings.limit, len(fresh)) :]
+        return KeptLatents(dict(newest), 1 if whole else self.age + 1)
+
+
+def encode_kept(
+    model: KeepsLatents, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor,
+    kept: Sequence[Sequence[Tensor | None]], sees: Sees, clip: int, attend: Attend,
+) -> tuple[Context, list[Tensor]]:  # fmt: skip
+    """Context of N latents of B worlds, and what is to be kept of each that was encoded: A tensors [B, ...].
+
+    Args:
+        model: the model that keeps latents.
+        latents: those that have to be encoded [B, A, ...], in order.
+        cameras: of all latents [B, N, 4, 4].
+        positions: ranks of all latents [N].
+        kinds: kinds of all latents [N].
+        kept: for each latent what is kept of it in each world, or None in all worlds.
+        sees: what latents see.
+        clip: latents of a chunk, encoded together where they see what is before them.
+        attend: how tokens attend.
+    """
+    records = [None if one[0] is None else _stack([r for r in one if r is not None]) for one in kept]
+    absent = [i for i, record in enumerate(records) if record is None]
+    size = clip if sees == "before" else max(len(absent), 1)
+    for at in range(0, len(absent), size):
+        group, part = absent[at : at + size], latents[:, at : at + size]
+        if sees == "itself":
+            made = _alone(model, part, cameras[:, group], attend)
+        else:
+            seen = [i for i, r in enumerate(records) if r is not None and (sees == "all" or i < group[0])]
+            some = [r for i in seen if (r := records[i]) is not None]
+            past = model.join_context(some, positions[seen], kinds[seen]) if seen else None
+            made = model.encode_latents(part, cameras[:, group], (), positions[group], kinds[group], past, attend)
+        for i, record in zip(group, made.unbind(1), strict=True):
+            records[i] = record
+    every = [r for r in records if r is not None]
+    return model.join_context(every, positions, kinds), [every[i] for i in absent]
+
+
+def _alone(model: KeepsLatents, latents: Tensor, cameras: Tensor, attend: Attend) -> Tensor:
+    """What is kept of latents [B, A, ...] that see only themselves, all as worlds of their own: [B, A, ...]."""
+    lead, zero = latents.shape[:2], torch.zeros(1, dtype=torch.long)
+    one, where = latents.flatten(0, 1)[:, None], cameras.flatten(0, 1)[:, None]
+    return model.encode_latents(one, where, (), zero, zero, None, attend)[:, 0].unflatten(0, lead)
+
+
+def _stack(records: Sequence[Tensor]) -> Tensor:
+    return records[0][None] if len(records) == 1 else torch.stack(list(records))
