@@ -32,6 +32,16 @@ def tiny_engine() -> Engine:
 
 
 @pytest.fixture(scope="session")
+def attentive() -> Engine:
+    """The same model, but attention and output count for much more: a wrong context is seen in the picture."""
+    network = random_network(TINY)
+    for layer in (*(block.o for block in network.blocks), network.out):
+        layer.weight.mul_(10)
+    model = CourtyardModel(network.eval(), torch.float32)
+    return Engine(model, EngineSource("courtyard", None, "random", "attentive"), resolve("off"))
+
+
+@pytest.fixture(scope="session")
 def full_engine() -> Engine:
     """The shipped configuration with random weights."""
     return worldstride.load("courtyard", weights="random", device="cpu")

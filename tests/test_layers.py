@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "noise": set(),
-    "acceleration": {"context", "errors"},
+    "acceleration": {"atomic", "context", "denoising", "errors"},
     "atomic": {"errors"},
     "control": {"errors"},
     "savefile": {"atomic", "errors"},
@@ -37,11 +37,12 @@ ALLOWED: dict[str, set[str]] = {
     "protocol": {"attention", "camera", "control", "errors"},
     "models": PRIMITIVES | {"control", "protocol", "denoising.schedule"},
     "context": POLICIES,
-    "denoising": POLICIES,
+    "denoising": POLICIES | {"context.gate"},
     "report": {"context", "denoising"},
+    "levers": {"acceleration", "context", "protocol", "report"},
 }
 """What the inside may import besides itself; what is not listed stands further out."""
-TIES = {"engine", "saving", "session", "testing"}
+TIES = {"engine", "saving", "session", "stepping", "testing"}
 """They tie the inside together; they may import all of it and each other."""
 OUTER = {"bench", "cli", "commands", "env", "integrations", "serve"}
 """They use the package; nothing further in may know of them."""

@@ -19,6 +19,8 @@ import worldstride
 from joint_model import JointModel
 from walking import FORWARD, same
 from worldstride import Acceleration, Engine
+from worldstride.acceleration import resolve, save_settings
+from worldstride.denoising.policy import AdaptiveSteps
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
@@ -45,34 +47,65 @@ def test_a_missing_gpu_is_named():
 
 
 def test_acceleration_from_a_file(tiny_engine: Engine, tmp_path: Path):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"steps": 3, "memory": 0}))
+    path = tmp_path / "mine.toml"
+    path.write_text("steps = 3\nmemory = 0\n[adaptive]\nfew = 2\nthreshold = 1.0\n")
     session = tiny_engine.new(seed=1)
     session.acceleration = path
-    assert session.acceleration == Acceleration("mine", steps=3, memory=0)
-    assert len(session.step().report.evaluations) == 3
+    assert session.acceleration == Acceleration("mine", steps=3, memory=0, adaptive=AdaptiveSteps(2, threshold=1.0))
+    assert len(session.step().report.evaluations) == 2  # standing still, everything is known
+
+
+@pytest.mark.parametrize("name", worldstride.PRESETS)
+def test_settings_to_toml_and_back(name: str, tmp_path: Path):
+    settings = worldstride.PRESETS[name]
+    save_settings(settings, tmp_path / "a.toml", "measured on\ntwo lines")
+    assert resolve(tmp_path / "a.toml") == settings
+    assert (tmp_path / "a.toml").read_text().startswith("# measured on\n# two lines\n")
+    assert Acceleration.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": 3}', r"mine.json: unknown setting 'step' .did you mean 'steps'.*; known: name, steps"),
-        ("[1]", "must be a JSON object"),
-        ("{", "cannot read acceleration settings"),
-        ('{"steps": 0}', "acceleration.steps must be an integer of at least 1, got 0"),
-        ('{"steps": true}', "acceleration.steps must be an integer"),
-        ('{"window": 1.5}', "acceleration.window must be an integer"),
-        ('{"shift": -1}', "acceleration.shift must be a positive number"),
-        ('{"shift": "2"}', "acceleration.shift must be a positive number"),
+        ("step = 3", r"mine.toml: unknown setting 'step' .did you mean 'steps'.*; known: name, steps"),
+        ("spatial = 1", "mine.toml.spatial must be a table of settings, got int"),
+        ("[spatial]\ntreshold = 1", r"mine.toml.spatial: unknown setting 'treshold' .did you mean 'threshold'"),
+        ("[", "cannot read acceleration settings"),
+        ("steps = 0", "acceleration.steps must be an integer of at least 1, got 0"),
+        ("steps = true", "acceleration.steps must be an integer"),
+        ("window = 1.5", "acceleration.window must be an integer"),
+        ("warmup = -1", "acceleration.warmup must be an integer of at least 0"),
+        ("shift = -1", "acceleration.shift must be a number above 0"),
+        ("shift = nan", "acceleration.shift must be a number above 0"),
+        ('shift = "2"', "acceleration.shift must be a number above 0"),
+        ('solver = "heun"', "acceleration.solver must be euler or unipc, got 'heun'"),
+        ("[cache]\nthreshold = 1.2", "acceleration.cache.threshold must be a number at least 0 and at most 1"),
+        ("[cache]\nfirst = 0", "acceleration.cache.first must be an integer of at least 1"),
+        ('[cache]\nrule = "guess"', "acceleration.cache.rule must be one of hold, extrapolate"),
+        ("[cache]\nscore = 'added'\nmargin = 0.1", "acceleration.cache.margin goes with score 'similarity'"),
+        ("[adaptive]\nfew = 0", "acceleration.adaptive.few must be an integer"),
+        ("[adaptive]\nchange = nan", "acceleration.adaptive.change must be a number"),
+        ("[adaptive]\nscore = 'new'", "acceleration.adaptive.score must be one of added, known, similarity"),
+        ("[kept]\nsees = 'some'", "acceleration.kept.sees must be one of all, before, itself"),
+        ("[kept]\nincremental = 1", "acceleration.kept.incremental must be true or false"),
+        ("[kept]\nlimit = 0", "acceleration.kept.limit must be an integer of at least 1"),
+        ("[attention]\nevaluations = 0", "acceleration.attention.evaluations must be an integer of at least 1"),
+        ("[pose]\nreach = 0", "acceleration.pose.reach must be a number above 0"),
+        ("[pose]\nview = 'dome'", "acceleration.pose.view must be one of frustum, ball"),
     ],
 )
 def test_bad_settings_are_refused(tiny_engine: Engine, tmp_path: Path, text: str, message: str):
-    path = tmp_path / "mine.json"
+    path = tmp_path / "mine.toml"
     path.write_text(text)
     session = tiny_engine.new(seed=1)
     with pytest.raises(InputError, match=message):
         session.acceleration = path
     assert session.acceleration == Acceleration()
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(InputError, match=r"unknown acceleration 'light-interacton' .did you mean 'light-interaction'"):
+        resolve("light-interacton")
 
 
 @pytest.fixture(scope="module")

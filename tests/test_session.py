@@ -350,7 +350,7 @@ def test_the_report_is_json_and_adds_up(start: Start):
         assert values["history_bytes"] == session.history.bytes
         seconds = values["seconds"]
         total = seconds.pop("total")
-        assert set(seconds) == {"control", "select", "context", "denoise", "decode"}
+        assert set(seconds) == {"control", "select", "fetch", "context", "denoise", "decode"}
         assert min(seconds.values()) >= 0
         assert sum(seconds.values()) <= total * (1 + 1e-9) + 1e-9
         assert sum(e["seconds"] for e in values["evaluations"]) <= seconds["denoise"]

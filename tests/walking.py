@@ -27,3 +27,9 @@ def walk(count: int, step: float = 0.05) -> Tensor:
 
 def same(a: Chunk, b: Chunk) -> bool:
     return np.array_equal(a.frames, b.frames) and np.array_equal(a.cameras, b.cameras)
+
+
+def levels_apart(a: Chunk, b: Chunk) -> int:
+    """Greatest difference of two chunks' pixels, of 256 levels."""
+    assert np.array_equal(a.cameras, b.cameras)
+    return int(np.abs(a.frames.astype(int) - b.frames).max())

@@ -11,7 +11,7 @@ from worldstride.control import Action, ControlSettings
 from worldstride.engine import Engine, load
 from worldstride.report import ChunkReport
 from worldstride.saving import open_session as open
-from worldstride.session import Chunk, Session
+from worldstride.session import Chunk, Session, step_together
 from worldstride.trajectory import Trajectory, load_trajectory, parse_trajectory
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "load_trajectory",
     "open",
     "parse_trajectory",
+    "step_together",
 ]

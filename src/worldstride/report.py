@@ -22,14 +22,25 @@ class ChunkReport:
     signals: Signals
     context: ContextPlan
     context_latents: int
+    encoded_latents: int
+    """How many of them were encoded for this chunk; of the others keys and values had been kept."""
     context_bytes: int
     """Bytes of the encoded context."""
+    steps: int
+    """Solver steps, those whose evaluation was not computed included."""
+    solver: str
     steps_reason: str
     evaluations: tuple[Evaluation, ...]
+    flops: dict[str, float]
+    """Floating-point operations of the context and of denoising; empty where the model does not tell."""
     seconds: dict[str, float]
-    """Wall time of each stage: control, select, context, denoise, decode, total."""
+    """Wall time of each stage: control, select, fetch, context, denoise, decode, total; a share of its batch's."""
+    batch: int
+    """Chunks that were made together."""
     history_latents: int
     history_bytes: int
+    kept_bytes: int
+    """Bytes of keys and values that are kept for later chunks."""
 
     @property
     def frames_per_second(self) -> float:

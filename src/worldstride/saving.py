@@ -14,6 +14,7 @@ from worldstride import worlds
 from worldstride.acceleration import Acceleration
 from worldstride.context.dynamics import Dynamics
 from worldstride.context.history import History, Remembered
+from worldstride.context.kept import KeptLatents
 from worldstride.context.policy import PolicyState
 from worldstride.control import Action, ControlSettings
 from worldstride.engine import Engine, EngineSource, load
@@ -38,6 +39,8 @@ def save_session(
     }
     if state.intrinsics is not None:
         tensors["intrinsics"] = state.intrinsics
+    if state.kept.records:
+        tensors["kept"] = torch.stack([t.cpu() for t in state.kept.records.values()])
     history = state.history
     header = {
         "engine": asdict(engine.source),
@@ -48,6 +51,7 @@ def save_session(
         "frame": state.frame,
         "world": state.world,
         "policy": asdict(state.policy),
+        "kept": {"numbers": list(state.kept.records), "age": state.kept.age},
         "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink},
         "indices": [e.index for e in entries],
         "actions": [None if e.action is None else e.action.to_json() for e in entries],
@@ -132,7 +136,15 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
         intrinsics=tensors.get("intrinsics"),
         world=None if world is None else (str(world[0]), int(world[1])),
         policy=_policy(header.get("policy")),
+        kept=_kept(header.get("kept"), tensors, engine),
     )
+
+
+def _kept(values: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], engine: Engine) -> KeptLatents:
+    if values is None:  # saved before anything was kept
+        return KeptLatents()
+    records = tensors["kept"].to(engine.device).unbind() if values["numbers"] else ()
+    return KeptLatents(dict(zip(map(int, values["numbers"]), records, strict=True)), int(values["age"]))
 
 
 def _policy(values: Mapping[str, Any] | None) -> PolicyState:
@@ -140,7 +152,8 @@ def _policy(values: Mapping[str, Any] | None) -> PolicyState:
         return PolicyState()
     average, changes = values["dynamics"]["average"], values["dynamics"]["changes"]
     dynamics = Dynamics(None if average is None else float(average), tuple(float(c) for c in changes))
-    return PolicyState(dynamics, bool(values["revisiting"]))
+    flags = (bool(values.get(name, False)) for name in ("revisiting", "caching", "knowing"))
+    return PolicyState(dynamics, *flags)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

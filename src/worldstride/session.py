@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldstride import noise as noises
 from worldstride.acceleration import Acceleration, resolve
-from worldstride.attention import attend
 from worldstride.camera import check_cameras
 from worldstride.context.history import History
-from worldstride.context.policy import PolicyState, plan_context
-from worldstride.context.selection import ContextPlan
+from worldstride.context.kept import KeptLatents
+from worldstride.context.policy import PolicyState, observe_change, plan_context
 from worldstride.context.similarity import View
 from worldstride.control import Action, actions_per_frame
-from worldstride.denoising import DenoisePlan, denoise
+from worldstride.denoising.policy import plan_denoising
+from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.errors import InputError
 from worldstride.navigation import Navigator
-from worldstride.protocol import ChunkShape, Conditions, Context
+from worldstride.protocol import ChunkShape, KeepsLatents
 from worldstride.report import ChunkReport
+from worldstride.stepping import Made, Pending, carry_out, grouped
 from worldstride.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ class SessionState:
     """Family and seed of the procedural world, where there is one."""
     policy: PolicyState = field(default_factory=PolicyState)
     """What accelerating policies remember from chunk to chunk."""
+    kept: KeptLatents = field(default_factory=KeptLatents)
+    """What is kept of encoded latents."""
 
 
 class Session:
@@ -79,7 +80,7 @@ class Session:
 
     @property
     def acceleration(self) -> Acceleration:
-        """Settings in force; assign a preset's name, a JSON file or settings, and the next chunk follows them."""
+        """Settings in force; assign a preset's name, a TOML file or settings, and the next chunk follows them."""
         return self._acceleration
 
     @acceleration.setter
@@ -107,59 +108,99 @@ class Session:
         *,
         cameras: np.ndarray | Tensor | None = None,
         noise: Tensor | None = None,
+        recall: Sequence[int] | None = None,
     ) -> Chunk:
         """Generate the next chunk.
 
         `action` is held for the whole chunk, or one action a frame is given; or `cameras` [F, 4, 4] say where the
-        camera goes; neither means standing still. `noise` [clean + new, ...] replaces the session's own. Raises
-        `InputError` on bad input, and then the session is as it was.
+        camera goes; neither means standing still. `noise` [clean + new, ...] replaces the session's own, `recall`
+        names places in the history to bring back in place of those that retrieval finds. Raises `InputError` on bad
+        input, and then the session is as it was.
         """
-        return self._step(action, cameras, noise, self._state.intrinsics)
+        return self._step(action, cameras, noise, self._state.intrinsics, recall)
 
     @torch.inference_mode()
     def _step(
-        self,
-        action: Action | Sequence[Action] | None,
-        cameras: np.ndarray | Tensor | None,
-        noise: Tensor | None,
-        own_intrinsics: Tensor | None,
-    ) -> Chunk:
-        model, state, clock = self.engine.model, self._state, _Clock(self.engine.wait)
-        shape = model.chunk(state.chunk)
-        frame_cameras, actions = self._where(action, cameras, shape.frames)
-        clock.lap("control")
-        intrinsics = model.intrinsics if own_intrinsics is None else own_intrinsics
-        settings = self._acceleration
-        context_plan, signals, policy = plan_context(
-            state.history, shape, frame_cameras, state.points, intrinsics, state.policy, settings.window,
-            settings.memory, settings.temporal, settings.spatial, self._view(intrinsics),
-        )  # fmt: skip
-        plan = DenoisePlan(model.sampler(settings.steps, settings.shift), _reason(settings))
-        clock.lap("select")
-        context = self._encode(context_plan, shape)
-        clock.lap("context")
-        conditions = self._conditions(shape, frame_cameras, actions, intrinsics)
-        inputs = model.prepare(conditions)
-        start, fresh = self._noise(shape, noise)
-        latents, evaluations, plan = denoise(model, start, inputs, context, plan, attend, fresh)
-        kept = model.commit(latents, inputs[0])
-        clock.lap("denoise")
-        frames, decoder = model.decoder.decode(kept, state.decoder)
-        pictures = frames[0].cpu().numpy()
-        clock.lap("decode")
+        self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, noise: Tensor | None,
+        own_intrinsics: Tensor | None, recall: Sequence[int] | None = None,
+    ) -> Chunk:  # fmt: skip
+        (made,) = carry_out([self._plan(action, cameras, noise, own_intrinsics, recall)])
+        return self._finish(made)
 
+    def _plan(
+        self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, noise: Tensor | None,
+        own_intrinsics: Tensor | None, recall: Sequence[int] | None,
+    ) -> Pending:  # fmt: skip
+        model, state, clock = self.engine.model, self._state, Stopwatch(torch.device("cpu"))
+        shape = model.chunk(state.chunk)
+        noise = None if noise is None else self._noise(shape, noise)
+        frame_cameras, actions = self._where(action, cameras, shape.frames)
+        clock.mark()
+        intrinsics = model.intrinsics if own_intrinsics is None else own_intrinsics
+        settings = in_force(self._acceleration, state.chunk)
+        context, signals, policy = plan_context(
+            state.history, shape, frame_cameras, state.points, intrinsics, state.policy, settings.window,
+            settings.memory, settings.temporal, settings.spatial, self._view(settings, intrinsics), recall,
+        )  # fmt: skip
+        refresh = None if settings.attention is None else settings.attention.evaluations
+        plan, caching, knowing = plan_denoising(
+            model.sampler, settings.steps, settings.shift, settings.solver, settings.cache, settings.adaptive, refresh,
+            signals.pose, policy.caching, policy.knowing, settings.name,
+        )  # fmt: skip
+        absent = None
+        if settings.kept is not None and isinstance(model, KeepsLatents):
+            absent = state.kept.absent(settings.kept, state.history, context)
+        clock.mark()
+        control, select = clock.seconds()
+        return Pending(
+            self, state, settings, shape, frame_cameras, actions, own_intrinsics, signals, context, absent, plan,
+            replace(policy, caching=caching, knowing=knowing), noise, {"control": control, "select": select},
+        )  # fmt: skip
+
+    def _finish(self, made: Made) -> Chunk:
+        p = made.pending
+        state, shape, settings = p.state, p.shape, p.settings
         history = state.history.fork()
-        history.append(kept[0], conditions.cameras[0, shape.clean :], _per_latent(actions, shape))
+        numbers = [history.entries[i].index for i in p.context.rows]
+        history.append(made.latents, p.cameras[list(shape.latent_frames)], _per_latent(p.actions, shape))
+        policy, kept = p.policy, state.kept
+        if settings.temporal is not None:
+            policy = observe_change(history, shape, settings.temporal.weight, policy)
+        if settings.kept is not None and made.kept:
+            whole = p.absent is not None and len(p.absent) == len(numbers)
+            kept = kept.used(settings.kept, numbers, made.kept, whole)
+        encoded = len(numbers) if p.absent is None else len(p.absent)
         report = ChunkReport(
-            state.chunk, state.frame, shape.frames, settings.name, signals, context_plan, context.latents,
-            context.bytes, plan.reason, evaluations, clock.seconds(), len(history), history.bytes,
+            state.chunk, state.frame, shape.frames, settings.name, p.signals, p.context, made.context_latents, encoded,
+            made.context_bytes, made.plan.sampler.steps, made.plan.sampler.solver, made.plan.reason, made.evaluations,
+            made.flops(), {**made.seconds, "total": sum(made.seconds.values())},
+            made.batch, len(history), history.bytes, kept.bytes,
         )  # fmt: skip
         # one assignment: whatever interrupts a step, the session is the one before it or the one after it
         self._state = replace(
-            state, history=history, decoder=decoder, camera=frame_cameras[-1].clone(), chunk=state.chunk + 1,
-            frame=state.frame + shape.frames, intrinsics=own_intrinsics, policy=policy,
+            state, history=history, decoder=made.decoder, camera=p.cameras[-1].clone(), chunk=state.chunk + 1,
+            frame=state.frame + shape.frames, intrinsics=p.own_intrinsics, policy=policy, kept=kept,
         )  # fmt: skip
-        return Chunk(pictures, frame_cameras.numpy().copy(), report)
+        return Chunk(made.frames, p.cameras.numpy().copy(), report)
+
+    def correct(self, frames: np.ndarray | Tensor) -> None:
+        """Replace what the last chunk showed by frames uint8 [F, H, W, 3] that should have been seen there.
+
+        The world goes on from them: a robot's own camera, or the truth that a model is measured against. Raises
+        `InputError` where there is no last chunk or the frames do not fit it.
+        """
+        state, model = self._state, self.engine.model
+        if not state.chunk:
+            raise InputError("there is no chunk to correct yet; step first")
+        shape = model.chunk(state.chunk - 1)
+        pictures = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
+        if len(pictures) != shape.frames:
+            raise InputError(f"chunk {state.chunk - 1} has {shape.frames} frames, got {len(pictures)}")
+        with torch.inference_mode():
+            latents = model.decoder.encode(pictures[None])[0]
+        if len(latents) != shape.new:
+            raise InputError(f"{len(pictures)} frames encode to {len(latents)} latents, the chunk has {shape.new}")
+        self._state = replace(state, history=state.history.replaced(latents))
 
     def play(self, trajectory: Trajectory) -> Iterator[Chunk]:
         """Step along a trajectory; a last part shorter than a chunk is filled up by standing still.
@@ -207,74 +248,53 @@ class Session:
             raise InputError(f"chunk {self._state.chunk} has {frames} frames, got {len(given)} cameras")
         return given.clone(), ()
 
-    def _view(self, intrinsics: Tensor) -> View | None:
-        """The view that the spatial gate looks through, made once for its settings and intrinsics."""
-        spatial = self._acceleration.spatial
-        if spatial is None:
+    def _view(self, settings: Acceleration, intrinsics: Tensor) -> View | None:
+        """The view that scores from cameras are taken with, made once for its settings and intrinsics."""
+        if not settings.looks:
             return None
-        key = (spatial, tuple(intrinsics.flatten().tolist()))
+        key = (settings.pose, tuple(intrinsics.flatten().tolist()))
         if key not in self._views:
-            self._views = {key: spatial.look(intrinsics)}
+            self._views = {key: settings.pose.look(intrinsics)}
         return self._views[key]
 
-    def _encode(self, plan: ContextPlan, shape: ChunkShape) -> Context:
-        model, history = self.engine.model, self._state.history
-        positions, kinds = plan.tables(shape.clean)
-        latents = history.latents(plan.rows, model.device, model.latent_shape)
-        actions = [history.entries[i].action for i in plan.rows]
-        # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
-        return model.encode_context(
-            latents[None], history.cameras(plan.rows)[None], actions, positions, kinds, None, attend
-        )
-
-    def _conditions(
-        self, shape: ChunkShape, frame_cameras: Tensor, actions: tuple[Action, ...], intrinsics: Tensor
-    ) -> Conditions:
-        model, history = self.engine.model, self._state.history
-        cameras, clean = frame_cameras[list(shape.latent_frames)], None
-        if shape.clean:
-            rows = list(range(len(history) - shape.clean, len(history)))
-            clean = history.latents(rows, model.device, model.latent_shape)[None]
-            cameras = torch.cat([history.cameras(rows), cameras])
-        positions = torch.arange(-shape.clean, shape.new)
-        return Conditions(
-            self._state.chunk, cameras[None], frame_cameras[None], intrinsics, actions, positions, clean,
-            self._state.prompt,
-        )  # fmt: skip
-
-    def _noise(self, shape: ChunkShape, given: Tensor | None) -> tuple[Tensor, Callable[[int], Tensor]]:
-        model, state = self.engine.model, self._state
-        size = (1, shape.clean + shape.new, *model.latent_shape)
-        if given is not None and tuple(given.shape) != size[1:]:
-            raise InputError(f"noise of chunk {state.chunk} must have shape {list(size[1:])}, got {list(given.shape)}")
-
-        def draw(i: int) -> Tensor:
-            return noises.normal(size, state.noise_seed, state.chunk, i).to(model.device)
-
-        start = draw(0) if given is None else given[None].to(model.device)
-        return start, lambda i: draw(i + 1)
+    def _noise(self, shape: ChunkShape, given: Tensor) -> Tensor:
+        size = (shape.clean + shape.new, *self.engine.model.latent_shape)
+        if tuple(given.shape) != size:
+            raise InputError(
+                f"noise of chunk {self._state.chunk} must have shape {list(size)}, got {list(given.shape)}"
+            )
+        return given
 
 
-class _Clock:
-    """Wall time of stages."""
+@torch.inference_mode()
+def step_together(
+    sessions: Sequence[Session], cameras: Sequence[np.ndarray | Tensor] | None = None,
+    actions: Sequence[Action | Sequence[Action] | None] | None = None, noise: Sequence[Tensor] | None = None,
+    recall: Sequence[Sequence[int] | None] | None = None, limit: int | None = None,
+) -> list[Chunk]:  # fmt: skip
+    """The next chunk of several sessions: those whose plans are equal are made as one batch.
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait, self._laps = wait, dict[str, float]()
-        self._begin = self._last = time.perf_counter()
+    `cameras`, `actions`, `noise` and `recall` hold one entry a session, as for `Session.step`. `limit` bounds a batch.
+    Bits may differ from stepping alone, since sums of a batch round otherwise. The sessions must be different ones.
+    """
+    if len(set(map(id, sessions))) != len(sessions):
+        raise InputError("step_together needs different sessions; fork a session to step it twice")
+    count = len(sessions)
+    every = [[None] * count if given is None else list(given) for given in (actions, cameras, noise, recall)]
+    if any(len(given) != count for given in every):
+        raise InputError(f"step_together needs one entry for each of {count} sessions, got {[len(g) for g in every]}")
+    pending = [
+        s._plan(action, where, start, s._state.intrinsics, places)
+        for s, action, where, start, places in zip(sessions, *every, strict=True)
+    ]
+    made = [m for group in grouped(pending, limit) for m in carry_out(group)]
+    chunks = {id(m.pending.session): m.pending.session._finish(m) for m in made}
+    return [chunks[id(s)] for s in sessions]
 
-    def lap(self, name: str) -> None:
-        self._wait()
-        now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
 
-    def seconds(self) -> dict[str, float]:
-        return {**self._laps, "total": self._last - self._begin}
-
-
-def _reason(settings: Acceleration) -> str:
-    asked = [] if settings.steps is None else [f"{settings.steps} steps"]
-    asked += [] if settings.shift is None else [f"shift {settings.shift:g}"]
-    return f"{' and '.join(asked)} asked for by {settings.name!r}" if asked else "full compute"
+def in_force(settings: Acceleration, chunk: int) -> Acceleration:
+    """What holds for a chunk: the first ones of a world may be made at full compute."""
+    return Acceleration(settings.name) if chunk < settings.warmup else settings
 
 
 def _per_latent(actions: tuple[Action, ...], shape: ChunkShape) -> tuple[Action | None, ...]:

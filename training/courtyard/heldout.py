@@ -87,7 +87,7 @@ def predict(
         generator = torch.Generator(context.device).manual_seed(1000 * seed + i)
         noise = torch.randn(*lead, *model.latent_shape, generator=generator, device=context.device)
         plan = DenoisePlan(model.sampler(steps, shift))
-        clean, _, _ = denoise(model, noise, inputs, written, plan, attend, _no_fresh_noise)
+        clean, _ = denoise(model, noise, inputs, written, plan, attend, _no_fresh_noise)
         out.append(to_levels(clean))
     return torch.cat(out)
 

@@ -1,0 +1,112 @@
+"""What every lever that was asked for did in a run: how often it fired, and why not where it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from worldstride.acceleration import Acceleration
+from worldstride.context.gate import Score
+from worldstride.protocol import ChunkShape
+from worldstride.report import ChunkReport
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One lever over a run."""
+
+    name: str
+    fired: int
+    """Chunks in which it saved something."""
+    chunks: int
+    """Chunks that were made."""
+    note: str
+    """What it saved, or why it did not."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: fired in {self.fired} of {self.chunks} chunks; {self.note}"
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def levers(settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkReport]) -> list[Lever]:
+    """Every lever that `settings` ask for, over the chunks of a run of a model whose chunks are of `shape`."""
+    asked: dict[str, tuple[object, Callable[[Acceleration, ChunkShape, ChunkReport], bool]]] = {
+        "steps": (settings.steps, lambda s, _, r: len(r.evaluations) <= (s.steps or 0)),
+        "solver": (settings.solver, lambda s, _, r: r.solver == s.solver),
+        "window": (settings.window, lambda s, c, r: len(r.context.window) < c.window),
+        "memory": (settings.memory, lambda s, c, r: r.signals.candidates > 0 and len(r.context.memory) < c.memory),
+        "temporal": (settings.temporal, lambda s, c, r: len(r.context.window) < c.window),
+        "spatial": (settings.spatial, lambda s, c, r: len(r.context.memory) < min(c.memory, r.signals.candidates)),
+        "kept": (settings.kept, lambda s, _, r: r.encoded_latents < r.context_latents),
+        "cache": (settings.cache, lambda s, _, r: any(not e.computed for e in r.evaluations)),
+        "adaptive": (settings.adaptive, lambda s, _, r: s.adaptive is not None and r.steps == s.adaptive.few),
+        "attention": (settings.attention, lambda s, _, r: any(e.computed and not e.attended for e in r.evaluations)),
+    }
+    found = []
+    for name, (value, fires) in asked.items():
+        if value is None:
+            continue
+        fired = sum(r.index >= settings.warmup and fires(settings, shape, r) for r in reports)
+        note = _saved(name, shape, reports) if fired else _why_not(name, settings, reports)
+        found.append(Lever(name, fired, len(reports), note))
+    return found
+
+
+def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
+    count = max(len(reports), 1)
+
+    def mean(value: Callable[[ChunkReport], float]) -> str:
+        return f"{sum(map(value, reports)) / count:.1f}"
+
+    return {
+        "steps": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
+        "solver": "in place of Euler",
+        "window": f"{mean(lambda r: len(r.context.window))} of {shape.window} recent latents a chunk",
+        "memory": f"{mean(lambda r: len(r.context.memory))} of {shape.memory} retrieved latents a chunk",
+        "temporal": f"{mean(lambda r: len(r.context.window))} of {shape.window} recent latents a chunk",
+        "spatial": f"{mean(lambda r: len(r.context.memory))} of {shape.memory} retrieved latents a chunk",
+        "kept": f"{mean(lambda r: r.encoded_latents)} of {mean(lambda r: r.context_latents)} context latents encoded",
+        "cache": f"{mean(lambda r: sum(not e.computed for e in r.evaluations))} outputs reused a chunk",
+        "adaptive": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
+        "attention": f"{mean(lambda r: sum(e.computed and not e.attended for e in r.evaluations))} evaluations a chunk "
+        "reused attention to the context",
+    }[name]
+
+
+def _why_not(name: str, settings: Acceleration, reports: Sequence[ChunkReport]) -> str:
+    if not reports:
+        return "no chunk was made"
+    if all(r.index < settings.warmup for r in reports):
+        return f"the first {settings.warmup} chunks are made at full compute"
+    late = [r for r in reports if r.index >= settings.warmup]
+    if name in ("spatial", "memory") and not any(r.signals.candidates for r in late):
+        return "nothing was old enough to be retrieved"
+    if name == "spatial" and settings.spatial is not None:
+        low = settings.spatial.threshold - settings.spatial.hysteresis
+        return f"{_range(late, settings.spatial.score)} never fell below {low:g}"
+    if name == "cache" and settings.cache is not None:
+        if all(settings.cache.computed(len(r.evaluations)) is None for r in late):
+            return f"{len(late[0].evaluations)} steps leave none between the first and the last that are computed"
+        return f"{_range(late, settings.cache.score)} never reached {settings.cache.threshold:g} with its margin"
+    if name == "adaptive" and settings.adaptive is not None:
+        return f"{_range(late, settings.adaptive.score)} never reached {settings.adaptive.threshold:g}"
+    if name == "temporal":
+        known = [r.signals.dynamics for r in late if r.signals.dynamics is not None]
+        return (
+            f"smoothed change {min(known):.3g} to {max(known):.3g} never asked for less" if known else "no change known"
+        )
+    if name in ("window", "memory", "steps"):
+        return "full compute is no more than was asked for"
+    if name == "solver":
+        return "the model brings its own solver"
+    if name == "kept":
+        return "every context was encoded anew" + ("" if late[0].kept_bytes else ": the model keeps no latents")
+    return "no evaluation could reuse it"
+
+
+def _range(reports: Sequence[ChunkReport], score: Score) -> str:
+    values = [v for r in reports if r.signals.pose is not None and (v := r.signals.pose.of(score)) is not None]
+    return f"score {score!r} from {min(values):.2f} to {max(values):.2f}" if values else f"score {score!r}, unknown,"

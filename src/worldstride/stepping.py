@@ -1,0 +1,250 @@
+"""One step of one world or of several: plan each, carry out together what has the same plan, finish each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldstride import noise as noises
+from worldstride.acceleration import Acceleration
+from worldstride.attention import attend
+from worldstride.context.kept import encode_kept
+from worldstride.context.policy import PolicyState
+from worldstride.context.selection import ContextPlan, Signals
+from worldstride.control import Action
+from worldstride.denoising import DenoisePlan, Denoising, Evaluation
+from worldstride.denoising.policy import shortened
+from worldstride.denoising.stopwatch import Stopwatch
+from worldstride.protocol import ChunkShape, Conditions, Context, Costed, KeepsLatents, Narrows, SamplerSpec, WorldModel
+
+if TYPE_CHECKING:
+    from worldstride.session import Session, SessionState
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A chunk that is planned and not yet made."""
+
+    session: Session
+    state: SessionState
+    """What the plan was made from."""
+    settings: Acceleration
+    shape: ChunkShape
+    cameras: Tensor
+    """Cameras of the chunk's frames [F, 4, 4]."""
+    actions: tuple[Action, ...]
+    own_intrinsics: Tensor | None
+    """Intrinsics that the session goes on with; None takes the model's."""
+    signals: Signals
+    context: ContextPlan
+    absent: tuple[int, ...] | None
+    """Places in the context whose latents must be encoded; None encodes the whole context at once."""
+    denoising: DenoisePlan
+    policy: PolicyState
+    noise: Tensor | None
+    """Noise [clean + new, ...] in place of the session's own."""
+    seconds: dict[str, float]
+    """Wall time of planning."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Chunks with equal keys run as one batch."""
+        state, plan = self.state, self.context
+        own = None if self.own_intrinsics is None else tuple(self.own_intrinsics.flatten().tolist())
+        counts = (len(plan.sink), len(plan.memory), len(plan.window))
+        prompt = id(state.prompt) if state.prompt else None
+        sees = self.settings.kept.sees if self.settings.kept is not None else "all"
+        how, led = replace(self.denoising, reason=""), tuple(state.history.entries[i].action for i in plan.rows)
+        where = (state.chunk, self.shape, counts, self.absent, sees, own)
+        return (*where, how, self.actions, led, prompt, id(self.session.engine))
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What came of a pending chunk."""
+
+    pending: Pending
+    frames: np.ndarray
+    latents: Tensor
+    """[new, ...]"""
+    decoder: dict[str, Tensor]
+    kept: tuple[Tensor, ...]
+    """What the model keeps of each context latent; empty where nothing is kept."""
+    context_latents: int
+    context_bytes: int
+    plan: DenoisePlan
+    evaluations: tuple[Evaluation, ...]
+    seconds: dict[str, float]
+    batch: int
+    """Chunks that were made together; the seconds are a chunk's share."""
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations of the context and of denoising; empty where the model does not tell."""
+        p = self.pending
+        model, shape, kept, total = p.session.engine.model, p.shape, p.settings.kept, self.context_latents
+        if not isinstance(model, Costed):
+            return {}
+        encoded = total if p.absent is None else len(p.absent)
+        context = model.context_flops(encoded, total)
+        if p.absent is not None and kept is not None and kept.sees == "itself":
+            context = model.context_flops(encoded, 1)
+        if p.absent is not None and kept is not None and kept.sees == "before":
+            groups = [p.absent[i : i + shape.new] for i in range(0, encoded, shape.new)]
+            context = sum(model.context_flops(len(g), g[-1] + 1) for g in groups)
+        made, branches = shape.clean + shape.new, 1 if self.plan.sampler.guidance is None else 2
+        each = (model.evaluation_flops(made, total if e.attended else 0) for e in self.evaluations if e.computed)
+        return {"context": context, "denoise": branches * sum(each)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Chunks with equal keys, stacked."""
+
+    pending: Sequence[Pending]
+
+    @property
+    def model(self) -> WorldModel:
+        return self.pending[0].session.engine.model
+
+    def latents(self, places: Sequence[int]) -> Tensor:
+        """Latents [B, n, ...] of some places of the context."""
+        model = self.model
+        rows = ([p.context.rows[i] for i in places] for p in self.pending)
+        banks = zip(self.pending, rows, strict=True)
+        return torch.stack([p.state.history.latents(r, model.device, model.latent_shape) for p, r in banks])
+
+    def fetch(self) -> Tensor:
+        """The latents [B, n, ...] that have to be encoded."""
+        absent = self.pending[0].absent
+        return self.latents(range(len(self.pending[0].context.rows)) if absent is None else absent)
+
+    def encode(self, latents: Tensor) -> tuple[Context, list[tuple[Tensor, ...]]]:
+        """The context from the fetched latents, and for each chunk what is kept of them."""
+        first, model = self.pending[0], self.model
+        positions, kinds = first.context.tables(first.shape.clean)
+        every = range(len(first.context.rows))
+        cameras = torch.stack([p.state.history.cameras(p.context.rows) for p in self.pending])
+        settings = first.settings.kept
+        if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
+            actions = [first.state.history.entries[i].action for i in first.context.rows]
+            # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
+            context = model.encode_context(latents, cameras, actions, positions, kinds, None, attend)
+            return context, [()] * len(self.pending)
+        kept = [[None if i in first.absent else _record(p, i) for p in self.pending] for i in every]
+        context, made = encode_kept(
+            model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, attend
+        )
+        fresh = dict(zip(first.absent, made, strict=True))
+        # a record of its own for each world: a view would keep the whole batch's alive
+        return context, [
+            tuple(fresh[i][b].clone() if i in fresh else _record(p, i) for i in every)
+            for b, p in enumerate(self.pending)
+        ]
+
+    def conditions(self) -> Conditions:
+        """What the chunks are conditioned on."""
+        first, model = self.pending[0], self.model
+        shape, cameras, clean = first.shape, [p.cameras[list(first.shape.latent_frames)] for p in self.pending], None
+        if shape.clean:
+            banks = [p.state.history for p in self.pending]
+            rows = [list(range(len(h) - shape.clean, len(h))) for h in banks]
+            pairs = list(zip(banks, rows, strict=True))
+            clean = torch.stack([h.latents(r, model.device, model.latent_shape) for h, r in pairs])
+            cameras = [torch.cat([h.cameras(r), c]) for (h, r), c in zip(pairs, cameras, strict=True)]
+        intrinsics = model.intrinsics if first.own_intrinsics is None else first.own_intrinsics
+        return Conditions(
+            first.state.chunk, torch.stack(cameras), torch.stack([p.cameras for p in self.pending]), intrinsics,
+            first.actions, torch.arange(-shape.clean, shape.new), clean, first.state.prompt,
+        )  # fmt: skip
+
+    def noise(self, draw: int) -> Tensor:
+        """Noise [B, clean + new, ...]; draw 0 is what the chunks begin with."""
+        first, model = self.pending[0], self.model
+        size = (first.shape.clean + first.shape.new, *model.latent_shape)
+        parts = [
+            p.noise if draw == 0 and p.noise is not None
+            else noises.normal((1, *size), p.state.noise_seed, p.state.chunk, draw)[0]
+            for p in self.pending
+        ]  # fmt: skip
+        return torch.stack([part.to(model.device) for part in parts])
+
+
+def _record(p: Pending, place: int) -> Tensor:
+    """What the session keeps of the latent at a place of its context."""
+    return p.state.kept.records[p.state.history.entries[p.context.rows[place]].index]
+
+
+def grouped(pending: Sequence[Pending], limit: int | None = None) -> list[list[Pending]]:
+    """Chunks that can be made together, at most `limit` at once."""
+    groups: dict[tuple[object, ...], list[Pending]] = {}
+    for p in pending:
+        groups.setdefault(p.key, []).append(p)
+    size = limit or max(len(pending), 1)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def carry_out(group: Sequence[Pending]) -> list[Made]:
+    """Make chunks with equal keys; sessions are not touched. Results are in the order of `group`."""
+    batch = _Batch(group)
+    model, first, count = batch.model, group[0], len(group)
+    watch = Stopwatch(model.device)
+    latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
+    watch.mark()
+    context, kept = batch.encode(latents)
+    watch.mark()
+    inputs = model.prepare(conditions)
+    begun = Denoising(model, noise, inputs, context, first.denoising, attend, lambda i: batch.noise(i + 1))
+    parts = [_Part(list(range(count)), [p.denoising for p in group], begun)]
+    if first.denoising.look is not None:
+        parts = _after_look(begun, group)
+    latents, plans, evaluations = begun.x, [p.denoising for p in group], [()] * count
+    for part in parts:
+        done = part.run.run()
+        latents = done if len(parts) == 1 else latents.index_copy(0, torch.tensor(part.rows, device=done.device), done)
+        for i, plan in zip(part.rows, part.plans, strict=True):
+            plans[i] = plan
+    committed = model.commit(latents, inputs[0])
+    watch.mark()
+    states = [p.state.decoder for p in group]
+    frames, decoder = model.decoder.decode(
+        committed, {name: torch.cat([s[name] for s in states]) for name in states[0]}
+    )
+    pictures = frames.cpu().numpy()
+    watch.mark()
+    for part in parts:
+        evaluations = [part.run.evaluations() if i in part.rows else e for i, e in enumerate(evaluations)]
+    share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in watch.seconds()), strict=True))
+    return [
+        Made(
+            p, pictures[i], committed[i], {name: t[i : i + 1] for name, t in decoder.items()}, kept[i], context.latents,
+            context.bytes // count, plans[i], evaluations[i], {**p.seconds, **share}, count,
+        )
+        for i, p in enumerate(group)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows of a batch that go on together."""
+
+    rows: list[int]
+    plans: list[DenoisePlan]
+    run: Denoising
+
+
+def _after_look(begun: Denoising, group: Sequence[Pending]) -> list[_Part]:
+    """The batch split by what its first evaluations say: the one time that the host waits for the device."""
+    changes: list[float] = begun.change().tolist()
+    plans = [shortened(p.denoising, p.settings.adaptive, c) for p, c in zip(group, changes, strict=True)]
+    parts: dict[SamplerSpec, list[int]] = {}
+    for i, plan in enumerate(plans):
+        parts.setdefault(plan.sampler, []).append(i)
+    if len(parts) > 1 and not isinstance(begun.model, Narrows):  # all go on as the one that needs most
+        most = max(plans, key=lambda p: p.sampler.steps)
+        plans, parts = [most] * len(plans), {most.sampler: list(range(len(plans)))}
+    return [_Part(rows, [plans[i] for i in rows], begun.refined(plans[rows[0]], rows)) for rows in parts.values()]
