@@ -19,7 +19,7 @@ TORCH_INDEX ?=
 .PHONY: demo test lint install clean
 
 demo: install
-	$(BIN)/worldstride compare courtyard --out $(DEMO)
+	$(BIN)/worldstride compare courtyard --worlds 2 --out $(DEMO)
 	@echo "open $(DEMO)/index.html in a browser"
 
 test: lint

@@ -13,7 +13,9 @@ from tyro.conf import subcommand
 
 from worldstride import __version__
 from worldstride.commands.bench import Bench
+from worldstride.commands.calibrate import Calibrate
 from worldstride.commands.compare import Compare
+from worldstride.commands.decisions import Decisions
 from worldstride.commands.doctor import Doctor
 from worldstride.commands.gate import Gate
 from worldstride.commands.models import Models
@@ -24,8 +26,10 @@ from worldstride.errors import WorldstrideError
 Command = (
     Annotated[Rollout, subcommand("rollout")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Gate, subcommand("gate")]
+    | Annotated[Decisions, subcommand("decisions")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Doctor, subcommand("doctor")]

@@ -1,171 +1,194 @@
-"""Model against truth: closed-loop rollouts along held-out walks, beside what the renderer shows there."""
+"""Settings against full compute and against the truth: the same held-out worlds, cameras and noise for all."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from worldstride.acceleration import Acceleration
-from worldstride.bench import metrics
+from worldstride.bench.quality import Table, score, summarise
 from worldstride.bench.rollout import summary
-from worldstride.bench.walks import CLASSES, FIRST_SEED, HeldOutWorld, Walk, held_out_world
+from worldstride.bench.trials import Arm, Mode, NoiseBank, Party
+from worldstride.bench.walks import FIRST_SEED, HeldOutWorld, Trajectory, held_out_world
 from worldstride.engine import Engine
 from worldstride.errors import InputError
+from worldstride.levers import levers
 from worldstride.report import ChunkReport
-from worldstride.session import Chunk
 
 NO_MEMORY = Acceleration("no memory", memory=0)
 """Full compute that forgets everything but the recent window: what memory is worth."""
-METRICS = ("psnr", "ssim", "sharpness", "seam")
-"""Peak signal-to-noise ratio in dB, structural similarity, and the truth's detail and patch borders = 1."""
+BRACKETS = (NO_MEMORY.name, "random memory", "oracle memory")
+SEEDS = (1, 2)
+"""Noise seeds: the energy score takes two samples."""
 
 
 @dataclass(frozen=True, eq=False)
-class Played:
-    """One rollout along a held-out walk."""
+class Trial:
+    """One arm in one mode, in the worlds that are finished."""
 
-    frames: np.ndarray
-    """uint8 [C, H, W, 3]"""
-    reports: tuple[ChunkReport, ...]
-    scores: dict[str, dict[str, Tensor]]
-    """Metric, class of pixels (or "all") -> one value a frame [C], NaN where the class is hardly seen."""
+    arm: Arm
+    mode: Mode
+    tables: dict[int, Table] = field(default_factory=dict)
+    """Number of a world -> its scores."""
+    reports: list[list[ChunkReport]] = field(default_factory=list)
+    """One list a session."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Comparison:
-    """Every setting in every world."""
+    """Every arm in every mode and world, as far as they are finished. The first arm is full compute."""
 
+    engine: Engine
     worlds: tuple[HeldOutWorld, ...]
-    settings: tuple[Acceleration, ...]
-    played: dict[str, tuple[Played, ...]]
-    """Name of the settings -> one rollout a world."""
+    chunks: int
+    trials: list[Trial]
+    shown: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+    """Name of an arm -> number of a world -> frames uint8 [C, H, W, 3] of the first seed in closed loop."""
+    interrupted: bool = False
 
     def rows(self) -> list[dict[str, object]]:
-        """One row of the table for each of the settings: quality with its 95 % interval over worlds, and speed."""
-        return [
-            {
-                "name": s.name,
-                "acceleration": s.to_json(),
-                "quality": self._quality(self.played[s.name]),
-                "speed": summary([r for p in self.played[s.name] for r in p.reports]),
-            }
-            for s in self.settings
-        ]
-
-    def curves(self) -> list[dict[str, object]]:
-        """For each world, what happened chunk by chunk: shares of pixel classes, and PSNR of all settings."""
+        """One row of the table for every arm and mode: quality, what it loses, speed, what its levers did."""
         out: list[dict[str, object]] = []
-        for i, world in enumerate(self.worlds):
-            counts = [r.frames for r in self.played[self.settings[0].name][i].reports]
-            shares = {c: [float(m.float().mean()) for m in world.masks[c].split(counts)] for c in CLASSES}
-            scores = {
-                s.name: {
-                    c: [metrics.mean(v) for v in self.played[s.name][i].scores["psnr"][c].split(counts)]
-                    for c in ("all", *CLASSES)
+        for trial in self.trials:
+            full = next(t for t in self.trials if t.mode == trial.mode)
+            known = [w for w in trial.tables if w in full.tables]
+            if not known:
+                continue
+            reports = [r for session in trial.reports for r in session]
+            mine, base = summary(reports), summary([r for session in full.reports for r in session])
+            quality = summarise([trial.tables[w] for w in known], [full.tables[w] for w in known])
+            shape = self.engine.model.chunk(max(1, trial.arm.settings.warmup))
+            did = levers(trial.arm.settings, shape, reports)
+            out.append(
+                {
+                    "name": trial.arm.name, "mode": trial.mode, "recall": trial.arm.recall, "worlds": len(known),
+                    "acceleration": trial.arm.settings.to_json(), "quality": quality, "speed": mine,
+                    "speedup": {k: base["seconds"][k] / max(mine["seconds"][k], 1e-12) for k in ("core", "total")},
+                    "levers": [lever.to_json() for lever in did],
                 }
-                for s in self.settings
-            }
-            out.append({"seed": world.seed, "walk": world.walk, "given": world.given, "shares": shares, "psnr": scores})
+            )  # fmt: skip
         return out
 
-    def _quality(self, played: Sequence[Played]) -> dict[str, dict[str, dict[str, float]]]:
-        out: dict[str, dict[str, dict[str, float]]] = {}
-        for metric in METRICS:
-            for name in played[0].scores[metric]:
-                values = torch.stack([p.scores[metric][name] for p in played])
-                low, high = metrics.interval(values)
-                cell = {"mean": metrics.mean(values), "low": low, "high": high}
-                out.setdefault(metric, {})[name] = cell
+    def curves(self, most: int = 6) -> list[dict[str, object]]:
+        """What happened chunk by chunk in the first worlds, in closed loop where that was played."""
+        mode = self.trials[0].mode
+        out: list[dict[str, object]] = []
+        for i, world in list(enumerate(self.worlds))[:most]:
+            counts = [self.engine.model.chunk(k).frames for k in range(self.chunks)]
+            trials = [t for t in self.trials if t.mode == mode and i in t.tables]
+            if not trials:
+                continue
+            psnr = {t.arm.name: [float(v.nanmean()) for v in t.tables[i]["psnr"]["all"].split(counts)] for t in trials}
+            shares = [float(m.float().mean()) for m in world.masks["revisited"].split(counts)]
+            out.append(
+                {"seed": world.seed, "walk": world.walk, "given": world.given, "revisited": shares, "psnr": psnr}
+            )
         return out
 
 
-def compare(
-    engine: Engine, settings: Sequence[Acceleration], family: str = "courtyard", count: int = 3, chunks: int = 12,
-    seed: int = FIRST_SEED, advance: Callable[[], object] = lambda: None,
-) -> Comparison:  # fmt: skip
-    """Play all settings in `count` held-out worlds, every second walk a journey, the others look away and back.
-
-    Settings take turns chunk by chunk, so that all meet the same machine. `advance` is called after every chunk.
-    """
-    if count < 1 or chunks < 1:
-        raise InputError(f"a comparison needs at least one world and one chunk, got {count} and {chunks}")
-    names = [s.name for s in settings]
-    if not names or len(set(names)) != len(names):
-        raise InputError(f"a comparison needs settings with names of their own, got {', '.join(names) or 'none'}")
+def held_out(
+    engine: Engine, family: str, count: int, chunks: int, walks: Sequence[Trajectory], seed: int = FIRST_SEED,
+    advance: Callable[[], object] = lambda: None,
+) -> tuple[HeldOutWorld, ...]:  # fmt: skip
+    """Held-out worlds of the size that a model shows; kinds of trajectory take turns."""
+    if count < 1 or chunks < 1 or not walks:
+        raise InputError(f"a comparison needs at least one world, chunk and walk, got {count}, {chunks}, {len(walks)}")
     shapes = [engine.model.chunk(k) for k in range(chunks)]
     height, width = engine.frame_size
     if height != width or height % 2:
         raise InputError(
             f"the renderer's truth is square with an even side; {engine.model.name!r} shows {height} x {width}"
         )
-    worlds: list[HeldOutWorld] = []
-    played: dict[str, list[Played]] = {name: [] for name in names}
+    worlds, frames, windows = list[HeldOutWorld](), [s.frames for s in shapes], [s.window for s in shapes]
     for i in range(count):
-        walk: Walk = "journey" if i % 2 else "look away and back"
-        frames, windows = [s.frames for s in shapes], [s.window for s in shapes]
-        world = held_out_world(family, seed + i, walk, shapes[0].window, frames, windows, height)
-        worlds.append(world)
-        if i == 0:
-            play(engine, world, settings, 1)  # the first step of all pays for setting up kernels
-        for name, one in zip(names, play(engine, world, settings, chunks, advance), strict=True):
-            played[name].append(one)
-    return Comparison(tuple(worlds), tuple(settings), {k: tuple(v) for k, v in played.items()})
+        walk = walks[i % len(walks)]
+        worlds.append(held_out_world(family, seed + i, walk, shapes[0].window, frames, windows, height, engine.device))
+        advance()
+    return tuple(worlds)
 
 
-def play(
-    engine: Engine, world: HeldOutWorld, settings: Sequence[Acceleration], chunks: int,
-    advance: Callable[[], object] = lambda: None,
-) -> list[Played]:  # fmt: skip
-    """Open a world with its true first frames, and walk on along its cameras in closed loop, once for each setting."""
-    at = world.given
-    sessions = [engine.open(world.frames[:at], world.cameras[:at], seed=world.seed) for _ in settings]
-    for session, setting in zip(sessions, settings, strict=True):
-        session.acceleration = setting
-    steps: list[list[Chunk]] = [[] for _ in sessions]
-    for k in range(chunks):
-        count = engine.model.chunk(k).frames
-        for session, done in zip(sessions, steps, strict=True):
-            done.append(session.step(cameras=world.cameras[at : at + count]))
-            advance()
-        at += count
-    return [_scored(world, done, _patch(engine)) for done in steps]
+def brackets() -> tuple[Arm, ...]:
+    """Full compute with no, random and the best possible memory."""
+    return (
+        Arm(NO_MEMORY), Arm(Acceleration("random memory"), "random"), Arm(Acceleration("oracle memory"), "oracle")
+    )  # fmt: skip
 
 
-def _scored(world: HeldOutWorld, chunks: Sequence[Chunk], patch: tuple[int, int] | None) -> Played:
-    frames = np.concatenate([c.frames for c in chunks])
-    shown = torch.from_numpy(frames).movedim(-1, 1).float() / 255
-    masks = {name: m[: len(shown)] for name, m in world.masks.items()}
-    return Played(frames, tuple(c.report for c in chunks), score(shown, world.truth[: len(shown)], masks, patch))
+def plain(steps: Sequence[int]) -> tuple[Acceleration, ...]:
+    """The plain loop on fewer steps, each with the schedule that measured best: what every saved step is up against."""
+    return tuple(Acceleration(f"{n} plain steps", steps=n) for n in steps)
 
 
-def score(
-    shown: Tensor, truth: Tensor, masks: dict[str, Tensor], patch: tuple[int, int] | None
-) -> dict[str, dict[str, Tensor]]:
-    """Metrics of frames [C, 3, H, W] against the truth, over whole frames and over each class of pixels.
+def compare(
+    engine: Engine, arms: Sequence[Arm], worlds: Sequence[HeldOutWorld], chunks: int,
+    modes: Sequence[Mode] = ("closed",), block: int | None = None, advance: Callable[[], object] = lambda: None,
+) -> Comparison:  # fmt: skip
+    """Play all arms in all worlds. The first arm must be full compute; the others are measured against it.
 
-    Sharpness is measured inside patches (height, width), the seam ratio across their borders; without patches there
-    are no seams to measure.
+    On a CPU arms take turns chunk by chunk and every chunk is made alone, so that all meet the same machine. On a GPU
+    `block` worlds run together, arm by arm. `advance` is called for every chunk of a world and seed. After Ctrl-C
+    what is finished stays.
     """
-    kinds: dict[str, Tensor | None] = {"all": None, **masks}
-    out = {
-        "psnr": {k: metrics.psnr(shown, truth, m) for k, m in kinds.items()},
-        "ssim": {k: metrics.ssim(shown, truth, m) for k, m in kinds.items()},
-        "sharpness": {
-            k: metrics.gradient(shown, m, patch) / metrics.gradient(truth, m, patch).clamp_min(1e-6)
-            for k, m in kinds.items()
-        },
-    }
-    seams = torch.full((len(shown),), math.nan)
-    if patch is not None:
-        seams = metrics.seam(shown, patch) / metrics.seam(truth, patch).clamp_min(1e-6)
-    return {**out, "seam": {"all": seams}}
+    names = [a.name for a in arms]
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"a comparison needs settings with names of their own, got {', '.join(names) or 'none'}")
+    if replace(arms[0].settings, name="off") != Acceleration():
+        raise InputError(f"the first settings of a comparison must be full compute, got {names[0]!r}")
+    alone = engine.device.type == "cpu"
+    size = 1 if alone else block or len(worlds)
+    result = Comparison(engine, tuple(worlds), chunks, [Trial(a, m) for m in modes for a in arms])
+    noise = dict[int, NoiseBank]()
+    try:
+        _warm_up(engine, arms, worlds[:size], alone)
+        for mode in modes:
+            for at in range(0, len(worlds), size):
+                trials, numbers = [t for t in result.trials if t.mode == mode], range(at, min(at + size, len(worlds)))
+                _play(result, trials, numbers, alone, noise.setdefault(at, NoiseBank()), advance)
+                if alone:
+                    noise.clear()  # kept from mode to mode where a GPU would wait for it
+    except KeyboardInterrupt:
+        result.interrupted = True
+    return result
 
 
-def _patch(engine: Engine) -> tuple[int, int] | None:
+def _warm_up(engine: Engine, arms: Sequence[Arm], worlds: Sequence[HeldOutWorld], alone: bool) -> None:
+    """The first step of all pays for setting up kernels."""
+    for arm in arms[:1] if alone else arms:
+        party = Party(engine, worlds, arm, "closed", SEEDS, 1 if alone else None)
+        for _ in range(1 if alone else 2):
+            party.step()
+
+
+def _play(
+    result: Comparison, trials: Sequence[Trial], numbers: range, alone: bool, noise: NoiseBank,
+    advance: Callable[[], object],
+) -> None:  # fmt: skip
+    engine, worlds = result.engine, [result.worlds[i] for i in numbers]
+    turns = [list(trials)] if alone else [[t] for t in trials]
+    full: np.ndarray | None = None
+    for group in turns:
+        parties = [Party(engine, worlds, t.arm, t.mode, SEEDS, 1 if alone else None, noise) for t in group]
+        for _ in range(result.chunks):
+            for party in parties:
+                party.step()
+                for _ in range(len(worlds) * len(SEEDS)):
+                    advance()
+        for trial, party in zip(group, parties, strict=True):
+            frames = party.frames
+            full = frames if full is None else full
+            for w, number in enumerate(numbers):
+                trial.tables[number] = score(frames[:, w], full[:, w], worlds[w], patch_of(engine), engine.device)
+                if trial.mode == result.trials[0].mode and number < _GALLERY:
+                    result.shown.setdefault(trial.arm.name, {})[number] = frames[0, w]
+            trial.reports.extend(party.reports)
+
+
+_GALLERY = 6  # worlds whose frames are kept for pictures
+
+
+def patch_of(engine: Engine) -> tuple[int, int] | None:
+    """Height and width of the model's patches, where it has any."""
     patch = getattr(getattr(engine.model, "config", None), "patch", None)
     return patch if isinstance(patch, tuple) else None

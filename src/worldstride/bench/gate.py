@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from worldstride import camera, noise, worlds
-from worldstride.bench.walks import FIRST_SEED, walk_classes
+from worldstride import camera, worlds
+from worldstride.bench.walks import FIRST_SEED, Trajectory, trajectory, walk_classes
+from worldstride.context.gate import PoseScores
 from worldstride.context.policy import SpatialMemory, pose_scores
 from worldstride.context.similarity import View
 from worldstride.errors import InputError
 from worldstride.protocol import ChunkShape
 
-Trajectory = Literal["walk", "spin", "out and back", "loop"]
-TRAJECTORIES: tuple[Trajectory, ...] = get_args(Trajectory)
+KINDS: tuple[Trajectory, ...] = ("walk", "spin", "out and back", "loop")
+"""Kinds of trajectories that gates are measured on."""
 NEEDED = 0.1
 """Share of a chunk's pixels that only memory can show, from which on it counts as a revisit."""
 
@@ -33,29 +32,10 @@ class ChunkSignals:
 
     trajectory: Trajectory
     world: int
-    old: float
-    """Pose similarity of the best old clip."""
-    newest: float
-    """Pose similarity of the newest clip."""
-    added: float
-    """Share of the view that old frames saw and the window did not, by cameras alone."""
+    pose: PoseScores
+    """What cameras alone tell."""
     truth: float
     """Share of pixels that old frames show and the window does not."""
-
-
-def trajectory(scene: worlds.Scene, kind: Trajectory, frames: int, seed: int) -> Tensor:
-    """Poses [1, frames, 4] of a kind of trajectory, from where the seed's walk begins."""
-    walk = worlds.sample_walk(scene, frames, noise.stream(seed))
-    if kind == "walk":
-        return walk
-    if kind == "out and back":
-        half = -(-frames // 2)
-        return torch.cat([walk[:, :half], walk[:, :half].flip(1)], 1)[:, :frames]
-    forward, turn = (0.0, math.tau / 48) if kind == "spin" else (0.1, math.tau / 64)  # metres and radians a frame
-    poses = [walk[:, 0]]
-    for i in range(1, frames):
-        poses.append(worlds.step_pose(scene, poses[-1], forward, 0.0, turn, 0.0, float(i)))
-    return torch.stack(poses, 1)
 
 
 def observe(
@@ -71,14 +51,14 @@ def observe(
     for kind in kinds:
         for seed in range(FIRST_SEED, FIRST_SEED + count):
             scene = worlds.scene_from_seed(family, [seed])
-            pose = trajectory(scene, kind, frames, seed)[:, :whole]
+            pose = trajectory(scene, kind, given, frames, seed)[:, :whole]
             where, time = camera.camera_from_pose(pose)[0], torch.arange(whole, dtype=torch.float32)[None]
             begins = torch.arange(given, whole, chunk)
             starts = torch.stack([begins, torch.full_like(begins, window)], 1).repeat_interleave(chunk, 0)
             needed = walk_classes(scene, pose, time, given, starts, size)["revisited"].float()
             for at, truth in zip(begins.tolist(), needed.split(chunk), strict=True):
-                old, newest, added = pose_scores(where[:at], shape, where[at : at + chunk], view)
-                found.append(ChunkSignals(kind, seed, old or 0.0, newest, added or 0.0, float(truth.mean())))
+                scores = pose_scores(where[:at], shape, where[at : at + chunk], view)
+                found.append(ChunkSignals(kind, seed, scores, float(truth.mean())))
             advance()
     return found
 
@@ -89,14 +69,14 @@ def decisions(chunks: Sequence[ChunkSignals], settings: SpatialMemory) -> list[b
     for c in chunks:
         if (c.trajectory, c.world) != place:
             open_before, place = False, (c.trajectory, c.world)
-        open_before = settings.gate.decide(score_of(c, settings), c.newest, open_before)
+        open_before = settings.gate.decide(score_of(c, settings), c.pose.newest, open_before)
         made.append(open_before)
     return made
 
 
 def score_of(chunk: ChunkSignals, settings: SpatialMemory) -> float:
     """The score that the settings' gate looks at."""
-    return chunk.added if settings.score == "added" else chunk.old
+    return chunk.pose.of(settings.score) or 0.0
 
 
 def agreement(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 
@@ -17,8 +18,8 @@ from worldstride.engine import Engine
 from worldstride.errors import InputError, WorldstrideError
 from worldstride.report import ChunkReport
 
-STAGES = ("control", "select", "context", "denoise", "decode", "total")
-"""Stages of a step, as a chunk's report times them."""
+STAGES = ("control", "select", "fetch", "context", "denoise", "core", "decode", "total")
+"""Stages of a step, as a chunk's report times them; "core" is context and denoising together."""
 RANDOM_WEIGHTS_NOTE = "random weights: times and memory are those of the model, the pictures say nothing about quality"
 
 _MOVES = (Action(frozenset({"KeyW"})), Action(frozenset({"ArrowRight"})), Action(frozenset({"KeyW", "ArrowRight"})))
@@ -76,22 +77,56 @@ def measure(
     ]
 
 
-def summary(reports: Sequence[ChunkReport]) -> dict[str, object]:
-    """Speed of chunks that were played: stage times in milliseconds, frames per second, size of the context."""
-    seconds = sum(r.seconds["total"] for r in reports)
-    stages = {
-        stage: {"p50": quantile(times, 0.5), "p95": quantile(times, 0.95)}
-        for stage in STAGES
-        if (times := [1000 * r.seconds[stage] for r in reports])
-    }
+class Speed(TypedDict):
+    """Speed of chunks that were played."""
+
+    chunks: int
+    frames_per_second: float
+    seconds: dict[str, float]
+    """All chunks together: "core" (context and denoising) and "total"."""
+    stage_ms: dict[str, dict[str, float]]
+    """Stage -> median and 95th percentile in milliseconds a chunk; "core" is context and denoising."""
+    evaluations_per_chunk: float
+    """Computed ones."""
+    reused_per_chunk: float
+    """Solver steps whose evaluation was not computed."""
+    attended_per_chunk: float
+    """Evaluations that computed attention to the context."""
+    context_latents: float
+    """A chunk, on average."""
+    encoded_latents: float
+    """Of those, encoded for the chunk."""
+    context_bytes: int
+    """Most keys and values of one chunk."""
+    gigaflops_per_chunk: float | None
+    batch: float
+    """Chunks made together, on average."""
+
+
+def summary(reports: Sequence[ChunkReport]) -> Speed:
+    """Speed of chunks that were played, and what it was spent on."""
+    count = max(len(reports), 1)
+    cores = [r.seconds["context"] + r.seconds["denoise"] for r in reports]
+    totals = [r.seconds["total"] for r in reports]
+    times = {s: cores if s == "core" else [r.seconds[s] for r in reports] for s in STAGES}
+    flops = [sum(r.flops.values()) for r in reports if r.flops]
     return {
         "chunks": len(reports),
-        "frames_per_second": sum(r.frames for r in reports) / max(seconds, 1e-9),
-        "stage_ms": stages,
-        "evaluations_per_chunk": sum(e.computed for r in reports for e in r.evaluations) / max(len(reports), 1),
-        "context_latents": max((r.context_latents for r in reports), default=0),
+        "frames_per_second": sum(r.frames for r in reports) / max(sum(totals), 1e-9),
+        "seconds": {"core": sum(cores), "total": sum(totals)},
+        "stage_ms": {
+            stage: {"p50": 1000 * quantile(some, 0.5), "p95": 1000 * quantile(some, 0.95)}
+            for stage, some in times.items() if some
+        },
+        "evaluations_per_chunk": sum(e.computed for r in reports for e in r.evaluations) / count,
+        "reused_per_chunk": sum(not e.computed for r in reports for e in r.evaluations) / count,
+        "attended_per_chunk": sum(e.computed and e.attended for r in reports for e in r.evaluations) / count,
+        "context_latents": sum(r.context_latents for r in reports) / count,
+        "encoded_latents": sum(r.encoded_latents for r in reports) / count,
         "context_bytes": max((r.context_bytes for r in reports), default=0),
-    }
+        "gigaflops_per_chunk": sum(flops) / count / 1e9 if flops else None,
+        "batch": sum(r.batch for r in reports) / count,
+    }  # fmt: skip
 
 
 def peak_memory() -> int | None:

@@ -172,7 +172,7 @@ def _courtyard_chunk(
     cameras, noise = inputs["chunk_cameras"], inputs["noise"]
     positions = torch.arange(cameras.shape[1])
     prepared = model.prepare(Conditions(0, cameras, cameras, model.intrinsics, positions=positions))
-    latents, _, _ = denoise(
+    latents, _ = denoise(
         model, noise, prepared, context, DenoisePlan(model.sampler(steps, shift)), attend, lambda _: noise
     )
     keys, values = context.keys_values[0]

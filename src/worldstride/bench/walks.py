@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from worldstride.camera import camera_from_pose
 
 FIRST_SEED = 1_000_000
 """Seeds of held-out worlds start here; training samples its worlds from generators on the device instead."""
-Walk = Literal["look away and back", "journey"]
+Trajectory = Literal["walk", "look away and back", "spin", "out and back", "loop", "random keys"]
+TRAJECTORIES: tuple[Trajectory, ...] = get_args(Trajectory)
 CLASSES = ("revisited", "recent", "novel", "moving")
 """Classes of pixels: on still surfaces, seen before but not in the recent window, seen in it, never seen; and on
 surfaces that move."""
 
 _AWAY = 24  # frames of half a turn
+_HOLD, _KEYS = 6, -3  # frames for which random keys are held, and the stream of a seed that draws them
 _BLOCK = 32  # frames whose co-visibility is computed at once
 
 
@@ -29,14 +31,17 @@ _BLOCK = 32  # frames whose co-visibility is computed at once
 class HeldOutWorld:
     """A walk through a world that no training saw."""
 
+    family: str
     seed: int
-    walk: Walk
+    walk: Trajectory
     given: int
     """Frames at the head that the model is given."""
     frames: Tensor
     """Truth, uint8 [n, H, W, 3]."""
     cameras: Tensor
     """[n, 4, 4]"""
+    pose: Tensor
+    """The cameras as poses [1, n, 4]."""
     masks: dict[str, Tensor]
     """Pixels of each of `CLASSES`, bool [n - given, H, W]."""
 
@@ -64,26 +69,53 @@ def look_away_walk(scene: worlds.Scene, start: Tensor, given: int, frames: int, 
     return torch.stack(poses, 1)
 
 
+def trajectory(scene: worlds.Scene, kind: Trajectory, given: int, frames: int, seed: int) -> Tensor:
+    """Poses [1, frames, 4] of a kind of trajectory; all kinds begin where the seed's walk begins.
+
+    The first `given` frames are those that a model is shown. Way out and way back, of equal length, come after them.
+    """
+    walk = worlds.sample_walk(scene, frames, noises.stream(seed))
+    if kind == "walk":
+        return walk
+    if kind == "look away and back":
+        return look_away_walk(scene, walk[:, 0], given, frames, 1 if seed % 4 < 2 else -1)
+    if kind == "out and back":
+        out = given + -(-(frames - given) // 2)
+        return torch.cat([walk[:, :out], walk[:, :out].flip(1)], 1)[:, :frames]
+    forward, turn = torch.full((frames,), 0.1), torch.full((frames,), math.tau / 64)  # metres and radians a frame
+    if kind == "spin":
+        forward, turn = torch.zeros(frames), torch.full((frames,), math.tau / 48)
+    if kind == "random keys":
+        generator = noises.stream(seed, _KEYS)
+        held = torch.randint(0, 3, (2, -(-frames // _HOLD)), generator=generator).repeat_interleave(_HOLD, 1)
+        forward, turn = 0.1 * (held[0] - 0.5).clamp_min(-0.5), 0.09 * (held[1] - 1)
+    poses = [walk[:, 0]]
+    for i in range(1, frames):
+        poses.append(worlds.step_pose(scene, poses[-1], float(forward[i]), 0.0, float(turn[i]), 0.0, float(i)))
+    return torch.stack(poses, 1)
+
+
 def held_out_world(
-    family: str, seed: int, walk: Walk, given: int, chunks: Sequence[int], windows: Sequence[int], size: int
-) -> HeldOutWorld:
-    """Render one held-out walk of `given` frames and chunks of so many frames.
+    family: str, seed: int, walk: Trajectory, given: int, chunks: Sequence[int], windows: Sequence[int], size: int,
+    device: torch.device | str = "cpu",
+) -> HeldOutWorld:  # fmt: skip
+    """Render one held-out walk of `given` frames and chunks of so many frames, on a device; results are on the CPU.
 
     `windows` holds each chunk's number of recent frames, which divides seen pixels into recent and revisited ones.
     """
     frames = given + sum(chunks)
     scene = worlds.scene_from_seed(family, [seed])
-    pose = worlds.sample_walk(scene, frames, noises.stream(seed))
-    if walk == "look away and back":
-        pose = look_away_walk(scene, pose[:, 0], given, frames, 1 if seed % 4 < 2 else -1)
-    time = torch.arange(frames, dtype=torch.float32)[None]
+    path = trajectory(scene, walk, given, frames, seed)
+    scene, pose = scene.to(device), path.to(device)
+    time = torch.arange(frames, dtype=torch.float32, device=device)[None]
     pictures = worlds.render(scene, pose, time, size)[0].movedim(1, -1)
     starts, begin = [], given
     for count, window in zip(chunks, windows, strict=True):
         starts += [(begin, window)] * count
         begin += count
-    masks = walk_classes(scene, pose, time, given, torch.tensor(starts), size)
-    return HeldOutWorld(seed, walk, given, pictures, camera_from_pose(pose)[0], masks)
+    masks = walk_classes(scene, pose, time, given, torch.tensor(starts, device=device), size)
+    masks = {name: m.cpu() for name, m in masks.items()}
+    return HeldOutWorld(family, seed, walk, given, pictures.cpu(), camera_from_pose(path)[0], path, masks)
 
 
 def pixel_classes(recent: Tensor, before: Tensor, moving: Tensor) -> dict[str, Tensor]:
@@ -111,7 +143,7 @@ def walk_classes(
 
     By exact co-visibility at half the resolution; starts [C, 2] = first frame of each frame's chunk, its recent frames.
     """
-    half, ids = size // 2, torch.arange(pose.shape[1])[:, None]
+    half, ids = size // 2, torch.arange(pose.shape[1], device=pose.device)[:, None]
     parts = []
     for first in range(0, len(starts), _BLOCK):
         part = slice(given + first, given + min(first + _BLOCK, len(starts)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -12,8 +12,8 @@ from tyro.conf import arg
 
 from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.gate import (
+    KINDS,
     NEEDED,
-    TRAJECTORIES,
     ChunkSignals,
     agreement,
     area_under_curve,
@@ -24,17 +24,18 @@ from worldstride.bench.gate import (
 from worldstride.bench.results import write_json
 from worldstride.commands.options import EngineOptions, Family, ModelName, OptionalPath
 from worldstride.commands.table import table
-from worldstride.context.policy import PUBLISHED, SpatialMemory
+from worldstride.context.policy import PUBLISHED, PoseView, SpatialMemory
 from worldstride.errors import InputError
 
-GATES: dict[str, SpatialMemory] = {
-    "published": PUBLISHED,
-    "published, frustum": replace(PUBLISHED, view="frustum"),
-    "relative": SpatialMemory("similarity", 0.7, margin=0.05, hysteresis=0.05, view="ball"),
-    "added": SpatialMemory(),
-    "added, ball": SpatialMemory(view="ball"),
+BALL = PoseView("ball")
+GATES: dict[str, tuple[SpatialMemory, PoseView]] = {
+    "published": (PUBLISHED, BALL),
+    "published, frustum": (PUBLISHED, PoseView()),
+    "relative": (SpatialMemory("similarity", 0.7, margin=0.05, hysteresis=0.05), BALL),
+    "added": (SpatialMemory(), PoseView()),
+    "added, ball": (SpatialMemory(), BALL),
 }
-"""Gates that are compared; "added" is the default of `SpatialMemory`."""
+"""Gates that are compared, each with what a camera is taken to see; "added" is the default of `SpatialMemory`."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,19 @@ class Gate:
             raise InputError(f"--worlds must be at least 1, got {self.worlds}")
         engine = self.engine.load(self.model)
         shape, seen = engine.model.chunk(1), dict[str, list[ChunkSignals]]()
-        looks = {s.view: s.look(engine.model.intrinsics) for s in GATES.values()}
-        with tqdm(total=len(looks) * len(TRAJECTORIES) * self.worlds, unit="trajectory", desc="gate") as bar:
+        looks = {p.view: p.look(engine.model.intrinsics) for _, p in GATES.values()}
+        with tqdm(total=len(looks) * len(KINDS) * self.worlds, unit="trajectory", desc="gate") as bar:
             for name, view in looks.items():
                 seen[name] = observe(
-                    view, TRAJECTORIES, self.worlds, self.frames, shape.window, shape.frames, self.family,
+                    view, KINDS, self.worlds, self.frames, shape.window, shape.frames, self.family,
                     advance=bar.update,
                 )  # fmt: skip
-        rows = [row for name, settings in GATES.items() for row in _rows(name, settings, seen[settings.view])]
+        rows = [row for name, (settings, pose) in GATES.items() for row in _rows(name, settings, seen[pose.view])]
         _print(rows)
         if self.out is not None:
             facts = {"family": self.family, "worlds": self.worlds, "frames": self.frames, "needed": NEEDED}
             where = environment(torch.device("cpu"), command)
-            gates = {name: asdict(settings) for name, settings in GATES.items()}
+            gates = {name: {**asdict(settings), **asdict(pose)} for name, (settings, pose) in GATES.items()}
             engine_row = engine_facts(engine)
             write_json(
                 self.out,
@@ -83,7 +84,7 @@ class Gate:
 
 def _rows(name: str, settings: SpatialMemory, chunks: Sequence[ChunkSignals]) -> list[dict[str, Any]]:
     made, rows = decisions(chunks, settings), list[dict[str, Any]]()
-    for kind in (*TRAJECTORIES, "all"):
+    for kind in (*KINDS, "all"):
         mine = [i for i, c in enumerate(chunks) if kind in ("all", c.trajectory)]
         truth = [chunks[i].truth >= NEEDED for i in mine]
         rows.append(

@@ -21,6 +21,7 @@ from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.results import write_json
 from worldstride.commands.options import EngineOptions, Family, ModelName, OptionalInt, OptionalPath, OptionalText
 from worldstride.errors import InputError
+from worldstride.levers import Lever, levers
 from worldstride.report import ChunkReport
 from worldstride.saving import open_session
 from worldstride.session import Session
@@ -78,12 +79,16 @@ class Rollout:
                 raise
             finally:
                 if report is not None:
-                    done = {"interrupted": interrupts.asked, "error": error, "totals": _totals(reports)}
+                    did = [lever.to_json() for lever in _levers(session, reports)]
+                    totals = _totals(reports)
+                    done = {"interrupted": interrupts.asked, "error": error, "totals": totals, "levers": did}
                     write_json(report, {**facts, **done, "chunks": [r.to_json() for r in reports]})
         totals = _totals(reports)
         made = ", ".join(str(p) for p in (self.output, report, self.save) if p is not None)
         speed = f"{totals['frames']} frames in {totals['seconds']:.1f} s ({totals['frames_per_second']:.1f} frames/s)"
         print(f"{'interrupted after ' if interrupts.asked else ''}{speed}{' -> ' + made if made else ''}")
+        for lever in _levers(session, reports):
+            print(f"  {lever}")
         return 130 if interrupts.asked else 0
 
     def _check_files(self, report: Path | None) -> None:
@@ -219,6 +224,11 @@ def _shown(session: Session) -> np.ndarray:
         rows = list(range(max(0, len(history) - model.chunk(0).window), len(history)))
         latents = history.latents(rows, model.device, model.latent_shape)
         return model.decoder.decode(latents[None], {})[0][0].cpu().numpy()
+
+
+def _levers(session: Session, reports: list[ChunkReport]) -> list[Lever]:
+    shape = session.engine.model.chunk(reports[-1].index if reports else 0)
+    return levers(session.acceleration, shape, reports)
 
 
 def _totals(reports: list[ChunkReport]) -> dict[str, float]:
