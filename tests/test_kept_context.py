@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import worldstride
 from conftest import TINY
 from joint_model import JointModel
 from walking import FORWARD, MOVES, TURN, first_frames, levels_apart, same
@@ -208,7 +210,6 @@ def test_only_what_is_new_is_encoded(watched: Engine, sees: Sees, past: int):
     assert watched.model.calls == [([0], 0) if sees == "itself" else ([-4, -3, -2, -1], past)]
 
 
-@pytest.mark.xfail(strict=True, reason="clips are cut from what is absent, not from chunks")
 def test_a_chunk_is_encoded_together_where_it_sees_what_is_before_it(watched: Engine):
     session = keeping(watched, KeptContext(sees="before", refresh=1))
     for move in MOVES[:3]:
@@ -245,6 +246,18 @@ def test_latents_are_known_by_number_and_not_by_place():
     plan = ContextPlan((), (), (place,))
     assert KeptLatents(records(59)).absent(KeptContext(), history, plan) == ()
     assert KeptLatents(records(place)).absent(KeptContext(), history, plan) == (0,)
+
+
+def test_keeping_is_exact_where_the_history_is_bounded(attentive: Engine):
+    sessions = [keeping(attentive, KeptContext(i, "itself")) for i in (True, False)]
+    for session in sessions:
+        session._state.history = History(10, hot=6, sink=0, entries=session.history.entries)
+    for move in (*MOVES, FORWARD, TURN):
+        kept, anew = (session.step(move) for session in sessions)
+        assert levels_apart(kept, anew) <= 1
+    numbers = [e.index for e in sessions[0].history.entries]
+    assert len(numbers) == 10 < numbers[-1] == 27
+    assert set(numbers[:-4]) <= set(sessions[0]._state.kept.records)
 
 
 def test_the_least_recently_used_are_let_go():
@@ -307,6 +320,18 @@ def test_forks_share_what_is_kept_and_leave_each_other_alone(tiny_engine: Engine
     assert all(torch.equal(t, before[i]) for i, t in session._state.kept.records.items())
     assert same(session.step(TURN), undisturbed.step(TURN))
     assert list(session._state.kept.records) == list(undisturbed._state.kept.records)
+
+
+def test_a_save_holds_what_is_kept(tiny_engine: Engine, tmp_path: Path):
+    session = keeping(tiny_engine, KeptContext(sees="itself", refresh=3, limit=7))
+    for move in MOVES[:3]:
+        session.step(move)
+    session.save(tmp_path / "a.world")
+    opened = worldstride.open(tmp_path / "a.world", engine=tiny_engine)
+    kept, same_kept = session._state.kept, opened._state.kept
+    assert (list(kept.records), kept.age) == (list(same_kept.records), same_kept.age)
+    assert all(torch.equal(t, same_kept.records[i]) for i, t in kept.records.items())
+    assert [opened.step(move).report.encoded_latents for move in MOVES] == [6, 4, 4, 6]
 
 
 def test_corrected_latents_are_encoded_as_they_are_now(attentive: Engine):

@@ -23,7 +23,7 @@ class AttentionReuse:
     FlashBlock (arXiv 2602.05305): the two parts are merged by their log-sum-exps.
     """
 
-    evaluations: int = 8
+    evaluations: int = 2
     """Evaluations that share one attention to the context; 1 computes it every time."""
 
     def __post_init__(self) -> None:
@@ -149,6 +149,8 @@ def resolve(value: Acceleration | str | Path) -> Acceleration:
         return value
     if str(value) in PRESETS:
         return PRESETS[str(value)]
+    if not isinstance(value, (str, Path)):
+        raise InputError(f"an acceleration is settings, a preset's name or a .toml file, got {type(value).__name__}")
     path = Path(value)
     if path.suffix != ".toml":
         hint = did_you_mean(value, list(PRESETS))

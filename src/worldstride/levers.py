@@ -10,6 +10,11 @@ from worldstride.context.gate import Score
 from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport
 
+LEVERS = (
+    "steps", "solver", "window", "memory", "temporal", "spatial", "kept", "cache", "adaptive", "attention"
+)  # fmt: skip
+"""Fields of `Acceleration` that save something."""
+
 
 @dataclass(frozen=True)
 class Lever:
@@ -33,23 +38,11 @@ class Lever:
 
 def levers(settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkReport]) -> list[Lever]:
     """Every lever that `settings` ask for, over the chunks of a run of a model whose chunks are of `shape`."""
-    asked: dict[str, tuple[object, Callable[[Acceleration, ChunkShape, ChunkReport], bool]]] = {
-        "steps": (settings.steps, lambda s, _, r: len(r.evaluations) <= (s.steps or 0)),
-        "solver": (settings.solver, lambda s, _, r: r.solver == s.solver),
-        "window": (settings.window, lambda s, c, r: len(r.context.window) < c.window),
-        "memory": (settings.memory, lambda s, c, r: r.signals.candidates > 0 and len(r.context.memory) < c.memory),
-        "temporal": (settings.temporal, lambda s, c, r: len(r.context.window) < c.window),
-        "spatial": (settings.spatial, lambda s, c, r: len(r.context.memory) < min(c.memory, r.signals.candidates)),
-        "kept": (settings.kept, lambda s, _, r: r.encoded_latents < r.context_latents),
-        "cache": (settings.cache, lambda s, _, r: any(not e.computed for e in r.evaluations)),
-        "adaptive": (settings.adaptive, lambda s, _, r: s.adaptive is not None and r.steps == s.adaptive.few),
-        "attention": (settings.attention, lambda s, _, r: any(e.computed and not e.attended for e in r.evaluations)),
-    }
     found = []
-    for name, (value, fires) in asked.items():
-        if value is None:
+    for name in LEVERS:
+        if getattr(settings, name) is None:
             continue
-        fired = sum(r.index >= settings.warmup and fires(settings, shape, r) for r in reports)
+        fired = sum(name in r.levers for r in reports)
         note = _saved(name, shape, reports) if fired else _why_not(name, settings, reports)
         found.append(Lever(name, fired, len(reports), note))
     return found
@@ -103,7 +96,9 @@ def _why_not(name: str, settings: Acceleration, reports: Sequence[ChunkReport]) 
     if name == "solver":
         return "the model brings its own solver"
     if name == "kept":
-        return "every context was encoded anew" + ("" if late[0].kept_bytes else ": the model keeps no latents")
+        anew = "every context was encoded anew"
+        keeps = settings.kept is None or not settings.kept.incremental or any(r.kept_bytes for r in reports)
+        return anew if keeps else f"{anew}: the model keeps no latents"
     return "no evaluation could reuse it"
 
 

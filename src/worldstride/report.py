@@ -31,6 +31,8 @@ class ChunkReport:
     solver: str
     steps_reason: str
     evaluations: tuple[Evaluation, ...]
+    levers: tuple[str, ...]
+    """Levers that saved something in this chunk."""
     flops: dict[str, float]
     """Floating-point operations of the context and of denoising; empty where the model does not tell."""
     seconds: dict[str, float]

@@ -51,7 +51,7 @@ def save_session(
         "frame": state.frame,
         "world": state.world,
         "policy": asdict(state.policy),
-        "kept": {"numbers": list(state.kept.records), "age": state.kept.age},
+        "kept": {"numbers": list(state.kept.records), "age": state.kept.age, "sees": state.kept.sees},
         "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink},
         "indices": [e.index for e in entries],
         "actions": [None if e.action is None else e.action.to_json() for e in entries],
@@ -143,8 +143,9 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
 def _kept(values: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], engine: Engine) -> KeptLatents:
     if values is None:  # saved before anything was kept
         return KeptLatents()
-    records = tensors["kept"].to(engine.device).unbind() if values["numbers"] else ()
-    return KeptLatents(dict(zip(map(int, values["numbers"]), records, strict=True)), int(values["age"]))
+    records = [t.clone() for t in tensors["kept"].to(engine.device)] if values["numbers"] else []
+    numbers = map(int, values["numbers"])
+    return KeptLatents(dict(zip(numbers, records, strict=True)), int(values["age"]), values["sees"])
 
 
 def _policy(values: Mapping[str, Any] | None) -> PolicyState:

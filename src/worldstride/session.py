@@ -173,7 +173,7 @@ class Session:
         report = ChunkReport(
             state.chunk, state.frame, shape.frames, settings.name, p.signals, p.context, made.context_latents, encoded,
             made.context_bytes, made.plan.sampler.steps, made.plan.sampler.solver, made.plan.reason, made.evaluations,
-            made.flops(), {**made.seconds, "total": sum(made.seconds.values())},
+            made.acted(), made.flops(), {**made.seconds, "total": sum(made.seconds.values())},
             made.batch, len(history), history.bytes, kept.bytes,
         )  # fmt: skip
         # one assignment: whatever interrupts a step, the session is the one before it or the one after it
@@ -288,7 +288,13 @@ def step_together(
         for s, action, where, start, places in zip(sessions, *every, strict=True)
     ]
     made = [m for group in grouped(pending, limit) for m in carry_out(group)]
-    chunks = {id(m.pending.session): m.pending.session._finish(m) for m in made}
+    before = [s._state for s in sessions]
+    try:
+        chunks = {id(m.pending.session): m.pending.session._finish(m) for m in made}
+    except BaseException:  # whatever interrupts, all sessions are the ones before it
+        for session, state in zip(sessions, before, strict=True):
+            session._state = state
+        raise
     return [chunks[id(s)] for s in sessions]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from worldstride import noise as noises
 from worldstride.acceleration import Acceleration
 from worldstride.attention import attend
-from worldstride.context.kept import encode_kept
+from worldstride.context.kept import clips, encode_kept
 from worldstride.context.policy import PolicyState
 from worldstride.context.selection import ContextPlan, Signals
 from worldstride.control import Action
@@ -60,7 +60,8 @@ class Pending:
         prompt = id(state.prompt) if state.prompt else None
         sees = self.settings.kept.sees if self.settings.kept is not None else "all"
         how, led = replace(self.denoising, reason=""), tuple(state.history.entries[i].action for i in plan.rows)
-        where = (state.chunk, self.shape, counts, self.absent, sees, own)
+        decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
+        where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder)
         return (*where, how, self.actions, led, prompt, id(self.session.engine))
 
 
@@ -83,6 +84,29 @@ class Made:
     batch: int
     """Chunks that were made together; the seconds are a chunk's share."""
 
+    def acted(self) -> tuple[str, ...]:
+        """Names of the levers that saved something in this chunk; what a plain bound saved is no policy's doing."""
+        p, spec = self.pending, self.plan.sampler
+        s, shape, full = p.settings, p.shape, p.session.engine.model.sampler()
+        longest = min(shape.window, len(p.state.history) - shape.clean)
+        bound = longest if s.window is None else min(longest, s.window)
+        whole = min(shape.memory, p.signals.candidates)
+        most = whole if s.memory is None else min(whole, s.memory)
+        asked = full.steps if s.steps is None else s.steps
+        did = {
+            "steps": asked < full.steps,
+            "solver": s.solver is not None and spec.solver == s.solver and full.solver != s.solver,
+            "window": bound < longest,
+            "memory": most < whole,
+            "temporal": s.temporal is not None and len(p.context.window) < bound,
+            "spatial": s.spatial is not None and len(p.context.memory) < most,
+            "kept": p.absent is not None and len(p.absent) < self.context_latents,
+            "cache": any(not e.computed for e in self.evaluations),
+            "adaptive": s.adaptive is not None and spec.steps < asked,
+            "attention": any(e.computed and not e.attended for e in self.evaluations),
+        }
+        return tuple(name for name, fired in did.items() if fired)
+
     def flops(self) -> dict[str, float]:
         """Floating-point operations of the context and of denoising; empty where the model does not tell."""
         p = self.pending
@@ -94,7 +118,7 @@ class Made:
         if p.absent is not None and kept is not None and kept.sees == "itself":
             context = model.context_flops(encoded, 1)
         if p.absent is not None and kept is not None and kept.sees == "before":
-            groups = [p.absent[i : i + shape.new] for i in range(0, encoded, shape.new)]
+            groups = clips(p.absent, total, len(p.context.window), shape.new)
             context = sum(model.context_flops(len(g), g[-1] + 1) for g in groups)
         made, branches = shape.clean + shape.new, 1 if self.plan.sampler.guidance is None else 2
         each = (model.evaluation_flops(made, total if e.attended else 0) for e in self.evaluations if e.computed)
@@ -195,9 +219,9 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     watch = Stopwatch(model.device)
     latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
     watch.mark()
+    inputs = model.prepare(conditions)  # before the context, whose work a transfer would wait for
     context, kept = batch.encode(latents)
     watch.mark()
-    inputs = model.prepare(conditions)
     begun = Denoising(model, noise, inputs, context, first.denoising, attend, lambda i: batch.noise(i + 1))
     parts = [_Part(list(range(count)), [p.denoising for p in group], begun)]
     if first.denoising.look is not None:

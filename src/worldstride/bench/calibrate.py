@@ -62,6 +62,7 @@ class Calibration:
 
     seen: tuple[Seen, ...]
     budget: float
+    interrupted: bool = False
 
     @property
     def chosen(self) -> Seen | None:
@@ -83,7 +84,7 @@ def notches(engine: Engine, worlds: Sequence[HeldOutWorld]) -> dict[str, list[Ch
     found: dict[str, list[Change]] = {}
     if full.solver == "euler" and full.guidance is None:
         fewer = [n for n in (6, 5, 4, 3, 2) if n < full.steps]
-        found["steps"] = [lambda a, n=n: replace(a, steps=n, shift=_SHIFT, solver="unipc") for n in fewer]
+        found["steps"] = [lambda a, n=n: _stepped(a, n) for n in fewer]
     known, added = score_quantiles(engine, worlds)
     if full.steps > 3:
         found["adaptive"] = [
@@ -108,6 +109,14 @@ def notches(engine: Engine, worlds: Sequence[HeldOutWorld]) -> dict[str, list[Ch
     if isinstance(model, KeepsLatents):
         found["kept"] = [lambda a, n=n: replace(a, kept=KeptContext(refresh=n)) for n in (2, 4, None)]
     return found
+
+
+def _stepped(settings: Acceleration, steps: int) -> Acceleration:
+    """So many steps of the second-order solver, and fewer still where adaptive steps ask for few."""
+    adaptive = settings.adaptive
+    if adaptive is not None:
+        adaptive = replace(adaptive, few=max(1, min(adaptive.few, steps - 1)), shift=_SHIFT)
+    return replace(settings, steps=steps, shift=_SHIFT, solver="unipc", adaptive=adaptive)
 
 
 def score_quantiles(
@@ -163,7 +172,10 @@ def calibrate(
                 if stand[name] >= len(steps) or len(seen) >= trials:
                     continue
                 settings = steps[stand[name]](best.settings)
-                if (key := replace(settings, name="off")) in tried:
+                while (key := replace(settings, name="off")) in tried and stand[name] + 1 < len(steps):
+                    stand[name] += 1  # quantiles may well be equal
+                    settings = steps[stand[name]](best.settings)
+                if key in tried:
                     continue
                 tried.add(key)
                 one = measure(replace(settings, name=_named(settings)))
@@ -176,6 +188,7 @@ def calibrate(
     except KeyboardInterrupt:
         if not seen:
             raise
+        return Calibration(tuple(seen), budget, interrupted=True)
     return Calibration(tuple(seen), budget)
 
 
@@ -191,6 +204,7 @@ class _Bench:
     def measure(self, settings: Acceleration) -> Seen:
         engine, worlds = self._engine, self._worlds
         limit = 1 if engine.device.type == "cpu" else None
+        Party(engine, worlds[:1], Arm(settings), self._mode, SEEDS, limit, self._noise).step()  # pays for setting up
         party = Party(engine, worlds, Arm(settings), self._mode, SEEDS, limit, self._noise)
         for _ in range(self._chunks):
             party.step()

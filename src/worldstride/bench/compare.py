@@ -9,7 +9,7 @@ import numpy as np
 
 from worldstride.acceleration import Acceleration
 from worldstride.bench.quality import Table, score, summarise
-from worldstride.bench.rollout import summary
+from worldstride.bench.rollout import Speed, summary
 from worldstride.bench.trials import Arm, Mode, NoiseBank, Party
 from worldstride.bench.walks import FIRST_SEED, HeldOutWorld, Trajectory, held_out_world
 from worldstride.engine import Engine
@@ -65,7 +65,7 @@ class Comparison:
                 {
                     "name": trial.arm.name, "mode": trial.mode, "recall": trial.arm.recall, "worlds": len(known),
                     "acceleration": trial.arm.settings.to_json(), "quality": quality, "speed": mine,
-                    "speedup": {k: base["seconds"][k] / max(mine["seconds"][k], 1e-12) for k in ("core", "total")},
+                    "speedup": {k: _a_chunk(base, k) / max(_a_chunk(mine, k), 1e-12) for k in ("core", "total")},
                     "levers": [lever.to_json() for lever in did],
                 }
             )  # fmt: skip
@@ -86,6 +86,11 @@ class Comparison:
                 {"seed": world.seed, "walk": world.walk, "given": world.given, "revisited": shares, "psnr": psnr}
             )
         return out
+
+
+def _a_chunk(speed: Speed, stage: str) -> float:
+    """Seconds a chunk; after Ctrl-C arms may have made different numbers of them."""
+    return speed["seconds"][stage] / max(speed["chunks"], 1)
 
 
 def held_out(
@@ -178,11 +183,13 @@ def _play(
         for trial, party in zip(group, parties, strict=True):
             frames = party.frames
             full = frames if full is None else full
+            tables = dict[int, Table]()
             for w, number in enumerate(numbers):
-                trial.tables[number] = score(frames[:, w], full[:, w], worlds[w], patch_of(engine), engine.device)
+                tables[number] = score(frames[:, w], full[:, w], worlds[w], patch_of(engine), engine.device)
                 if trial.mode == result.trials[0].mode and number < _GALLERY:
                     result.shown.setdefault(trial.arm.name, {})[number] = frames[0, w]
             trial.reports.extend(party.reports)
+            trial.tables.update(tables)  # last, so that what has scores has reports
 
 
 _GALLERY = 6  # worlds whose frames are kept for pictures

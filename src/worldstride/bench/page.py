@@ -42,6 +42,11 @@ COLOURS = 10
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_STYLE = (
+    "svg { background: #fff } text { font: 12px system-ui, sans-serif; fill: #1d1d1b } line { stroke: #deded8 } "
+    ".zero, .lead { stroke: #62625e } .end { text-anchor: end } .mid { text-anchor: middle } "
+    "circle { fill: #2a6fc9 } line[class^='s'] { stroke: #2a6fc9; stroke-width: 2 }"
+)
 _EMBED = 12_000_000  # bytes; a longer video stays a file beside the page
 _LETTER = 6.6  # pixels of a letter, about
 _PERCENTS = (0.0, *(sign * v for v in (1, 10, 100, 5, 50, 2, 20, 0.5, 0.2, 0.1, 200, 500, 1000) for sign in (1, -1)))
@@ -116,6 +121,13 @@ def scatter(rows: Sequence[Mapping[str, Any]]) -> Markup:
     lines += [(px - 1, y(high), px + 1, y(low)) for px, low, high in ends if _finite(low, high)]
     parts += _labels(points, labels, lines, (left, top, width, bottom))
     return _svg(width, height, "Loss against speed-up of all settings", parts)
+
+
+def figure(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The scatter plot of `rows` as a file of its own, with the styles that a page would bring."""
+    text = str(scatter(rows)).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    head, body = text.split(">", 1)
+    return f"{head}><style>{_STYLE}</style>{body}"
 
 
 def by_class(rows: Sequence[Mapping[str, Any]]) -> Markup:

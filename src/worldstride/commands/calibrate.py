@@ -16,8 +16,7 @@ from worldstride.atomic import atomic_write, temporary_beside
 from worldstride.bench.calibrate import COUNTED, Calibration, Seen, calibrate
 from worldstride.bench.compare import held_out
 from worldstride.bench.environment import engine_facts, environment
-from worldstride.bench.page import scatter as plot
-from worldstride.bench.page import signed
+from worldstride.bench.page import figure, signed
 from worldstride.bench.results import write_json
 from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE
 from worldstride.bench.trials import Mode
@@ -26,7 +25,7 @@ from worldstride.commands.options import EngineOptions, Family, ModelName
 from worldstride.commands.table import table
 from worldstride.errors import InputError, number_in
 
-NOT_REACHABLE = 1
+NOT_REACHABLE, INTERRUPTED = 1, 130
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,11 @@ class Calibrate:
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "family": self.family,
             "budget": self.budget, "worlds": [w.seed for w in worlds], "chunks": self.chunks, "walks": self.walks,
             "mode": self.mode, "seconds": time.perf_counter() - begin, "rows": rows,
-            "chosen": None if found.chosen is None else found.chosen.settings.name,
+            "interrupted": found.interrupted, "chosen": None if found.chosen is None else found.chosen.settings.name,
         }  # fmt: skip
         write_json(self.out.with_suffix(".json"), facts)
         with atomic_write(self.out.with_suffix(".svg")) as temporary:
-            temporary.write_text(plot(rows), encoding="utf-8")
+            temporary.write_text(figure(rows), encoding="utf-8")
         _print(found)
         return self._conclude(found, facts)
 
@@ -97,6 +96,9 @@ class Calibrate:
             found.chosen,
             f"plot and numbers: {self.out.with_suffix('.svg')}, {self.out.with_suffix('.json')}",
         )
+        if best is None and found.interrupted:
+            print(f"\ninterrupted before any settings met the budget\n{beside}", file=sys.stderr)
+            return INTERRUPTED
         if best is None:
             near = found.closest
             seen = "nothing was faster than full compute"

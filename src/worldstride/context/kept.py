@@ -18,7 +18,7 @@ from worldstride.attention import Attend
 from worldstride.context.history import History
 from worldstride.context.selection import ContextPlan
 from worldstride.errors import InputError, integer_from
-from worldstride.protocol import Context, KeepsLatents
+from worldstride.protocol import KINDS, Context, KeepsLatents
 
 Sees = Literal["all", "before", "itself"]
 
@@ -57,6 +57,8 @@ class KeptLatents:
     """Number of a latent in its world -> what the model keeps of it, least recently used first."""
     age: int = 0
     """Chunks since the whole context was encoded."""
+    sees: Sees = "all"
+    """What the latents saw; what is kept under one setting is of no use under another."""
 
     @property
     def bytes(self) -> int:
@@ -66,7 +68,8 @@ class KeptLatents:
     def absent(self, settings: KeptContext, history: History, plan: ContextPlan) -> tuple[int, ...]:
         """Which of the plan's rows (by place in `plan.rows`) have to be encoded."""
         rows = plan.rows
-        if not settings.incremental or (settings.refresh is not None and self.age >= settings.refresh):
+        stale = self.sees != settings.sees
+        if not settings.incremental or stale or (settings.refresh is not None and self.age >= settings.refresh):
             return tuple(range(len(rows)))
         return tuple(i for i, row in enumerate(rows) if history.entries[row].index not in self.records)
 
@@ -77,9 +80,10 @@ class KeptLatents:
         if not settings.incremental:
             return self
         fresh = dict(zip(numbers, records, strict=True))
-        order = {**{k: v for k, v in self.records.items() if k not in fresh}, **fresh}
+        old = self.records if self.sees == settings.sees else {}
+        order = {**{k: v for k, v in old.items() if k not in fresh}, **fresh}
         newest = list(order.items())[-max(settings.limit, len(fresh)) :]
-        return KeptLatents(dict(newest), 1 if whole else self.age + 1)
+        return KeptLatents(dict(newest), 1 if whole else self.age + 1, settings.sees)
 
 
 def encode_kept(
@@ -101,9 +105,11 @@ def encode_kept(
     """
     records = [None if one[0] is None else _stack([r for r in one if r is not None]) for one in kept]
     absent = [i for i, record in enumerate(records) if record is None]
-    size = clip if sees == "before" else max(len(absent), 1)
-    for at in range(0, len(absent), size):
-        group, part = absent[at : at + size], latents[:, at : at + size]
+    recent = int((kinds == KINDS.index("recent")).sum())
+    groups = clips(absent, len(kept), recent, clip) if sees == "before" else [absent] * bool(absent)
+    done = 0
+    for group in groups:
+        part, done = latents[:, done : done + len(group)], done + len(group)
         if sees == "itself":
             made = _alone(model, part, cameras[:, group], attend)
         else:
@@ -115,6 +121,16 @@ def encode_kept(
             records[i] = record
     every = [r for r in records if r is not None]
     return model.join_context(every, positions, kinds), [every[i] for i in absent]
+
+
+def clips(absent: Sequence[int], count: int, recent: int, clip: int) -> list[list[int]]:
+    """Places to encode out of `count`, those of one chunk together: the last `recent` are cut from their end."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for i in absent:
+        late = i >= count - recent
+        key = (late, -((count - 1 - i) // clip) if late else i // clip)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 def _alone(model: KeepsLatents, latents: Tensor, cameras: Tensor, attend: Attend) -> Tensor:

@@ -48,6 +48,8 @@ class TemporalWindow:
         number_in("acceleration.temporal.weight", self.weight, 0, 1, open_low=True)
         number_in("acceleration.temporal.scale", self.scale, 0, 1e6, open_low=True)
         integer_from("acceleration.temporal.multiple", self.multiple, 1)
+        if not isinstance(self.opposite, bool):
+            raise InputError(f"acceleration.temporal.opposite must be true or false, got {self.opposite!r}")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def plan_denoising(
         computed = cache.computed(spec.steps) if caching else None
         if computed is not None:
             reasons.append(f"revisit, {spec.steps - len(computed)} of {spec.steps} outputs reused ({cache.rule})")
-    if look is not None and spec.steps <= max(2, adaptive.few if adaptive else 0):
+    short = adaptive is not None and spec.steps <= max(2, adaptive.few)
+    if short or (computed is not None and look not in computed):  # nothing to save, or nothing new to look at
         look = None
     reason = "; ".join(reasons) or "full compute"
     return DenoisePlan(spec, reason, computed, cache.rule if cache else "hold", look, refresh), caching, knowing
