@@ -18,8 +18,11 @@ _LARGE, _SMALL = 20, 14  # letters of the sheet, which pages show reduced, and o
 
 
 def pictured(result: Comparison, most: int = 6) -> list[str]:
-    """What is worth seeing beside the truth: full compute, the settings after it, last what forgets, if played."""
-    names = list(dict.fromkeys(t.arm.name for t in result.trials if t.arm.name in result.shown))
+    """What is worth seeing beside the truth: full compute, the settings after it, last what forgets, if played.
+
+    Settings have a row in the tables, too: where scoring was interrupted there are frames without scores.
+    """
+    names = list(dict.fromkeys(t.arm.name for t in result.trials if t.tables and t.arm.name in result.shown))
     forgets = [n for n in names if n == NO_MEMORY.name]
     return [n for n in names if n not in forgets][: most - len(forgets)] + forgets
 
