@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -18,25 +19,40 @@ from origin import commit
 
 from worldstride.bench.results import write_json
 
-ARMS: dict[str, tuple[str, ...]] = {
-    "ray": ("--model.camera", "ray"),
-    "projective": ("--model.camera", "projective"),
-    "both": (),
-    "ray, no refinement": ("--model.camera", "ray", "--model.refine", "0"),
-    "ray, sink 4 for 4 of the memory": ("--model.camera", "ray", "--model.sink", "4", "--model.memory", "4"),
-    "ray, width 320 x 5": ("--model.camera", "ray", "--model.width", "320", "--model.heads", "5", "--model.depth", "5"),
-    "ray, window 12": ("--model.camera", "ray", "--model.window", "12"),
-}
+ARMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {
+        "ray": ("--model.camera", "ray"),
+        "projective": ("--model.camera", "projective"),
+        "both": (),
+        "ray, no refinement": ("--model.camera", "ray", "--model.refine", "0"),
+        "ray, sink 4 for 4 of the memory": ("--model.camera", "ray", "--model.sink", "4", "--model.memory", "4"),
+        "ray, width 320 x 5": (
+            "--model.camera", "ray", "--model.width", "320", "--model.heads", "5", "--model.depth", "5",
+        ),
+        "ray, window 12": ("--model.camera", "ray", "--model.window", "12"),
+    },
+    "context": {
+        "apart": ("--model.context", "apart"),
+        "clips": ("--model.context", "clips"),
+        "together": (),
+        "apart, twice the rate": ("--model.context", "apart", "--rate", "2e-3", "--matrix-rate", "0.02"),
+    },
+}  # fmt: skip
+"""By question: name of the arm and what it adds to the command line."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to run."""
 
+    of: Literal["model", "context"] = "model"
+    """Which arms: variants of the model, or what context frames see."""
     out: Path = Path("out/arms")
     minutes: float = 3.0
     """Length of each run after compilation."""
     batch: int = 128
+    initial: Path | None = None
+    """Weights that every arm starts from, with half the usual rates and patches 12 x 8."""
     compile_cache: Path | None = None
     smoke: bool = False
 
@@ -47,11 +63,15 @@ def main() -> None:
     script = Path(__file__).with_name("train.py")
     jobs: list[Job] = []
     folders: dict[str, Path] = {}
-    for i, (name, extra) in enumerate(ARMS.items()):
+    for i, (name, extra) in enumerate(ARMS[s.of].items()):
         out = folders[name] = s.out / f"arm{i}"
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(script), "--out", str(out), "--minutes", str(s.minutes), "--batch", str(s.batch)]
-        command += ["--quick", "2", "--plain-pool", "3072", "--courtyard-pool", "640", *extra]
+        command += ["--quick", "2", "--plain-pool", "3072", "--courtyard-pool", "640"]
+        if s.initial is not None:
+            command += ["--initial", str(s.initial), "--model.patch-width", "8", "--rate", "1e-3", "--own-from", "2"]
+            command += ["--matrix-rate", "0.01", "--seam", "0.35"]
+        command += extra
         if s.compile_cache is not None:
             command += ["--compile-cache", str(s.compile_cache)]
         if s.smoke:
@@ -65,7 +85,7 @@ def main() -> None:
         print(name, "exit", codes[name], *last, sep="\n  ", flush=True)
         if codes[name] == 0:
             facts = json.loads((out / "training.json").read_text())
-            results.append({"name": name, "arguments": list(ARMS[name]), **facts})
+            results.append({"name": name, "arguments": list(ARMS[s.of][name]), **facts})
     summary = {
         "command": "python training/courtyard/arms.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),

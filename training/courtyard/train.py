@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from checkpoint import flat_state, load_state, part, save_state, save_weights
-from data import Batch, Pool
+from data import Batch, ContextKind, Pool
 from group import Group
 from objective import errors, noised
 from optimizer import Optimizer
@@ -82,6 +82,8 @@ class Trainer:
         self.order = torch.Generator().manual_seed(settings.seed + self.step)
         self.quick = Quick(config, self.device, worlds=8 if settings.smoke else 256, smoke=settings.smoke)
         self.history: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
+        """Of every step since the last report."""
 
     def log(self, *words: object) -> None:
         """Print on rank 0, with seconds since the start."""
@@ -94,7 +96,7 @@ class Trainer:
 
     def _begin_with(self, file: Path) -> None:
         given, mine, model = read_network(file)[0], self.network.state_dict(), self.s.model
-        free = {"patch_height": model.patch_height, "patch_width": model.patch_width, "refine": model.refine}
+        free = {k: getattr(model, k) for k in ("patch_height", "patch_width", "refine", "context")}
         if replace(given.config, **free) != model:
             raise ValueError(f"{file} holds {given.config}, the run is for {model}; only {list(free)} may differ")
         state = repatched(given.state_dict(), given.config, model)
@@ -155,7 +157,7 @@ class Trainer:
                 each.own = each.patches.clone() if each.own is None else each.own
         batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own, s.first_only)
         keep = pool.own is not None and self.step % s.own_every == 0
-        sigma, predicted, target, sampled = self._predict(batch, keep)
+        sigma, predicted, target, sampled = self._predict(batch, kind, keep)
         error, jump = self.errors(s.model, predicted, target)  # [B, R] each
         loss = ((error + s.seam * jump) / sigma.clamp_min(0.1)).mean()
         loss.backward()
@@ -167,9 +169,10 @@ class Trainer:
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), weight)
             if pool.own is not None and sampled is not None:
                 self._keep(pool.own, batch, sampled, sigma)
+        self.losses.append(loss.detach())
         return {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm, "rate": rate}
 
-    def _predict(self, batch: Batch, sample: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _predict(self, batch: Batch, kind: ContextKind, sample: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Noise context and targets, predict: noise levels [B, R], predicted and true patches [B, R, C, n, values].
 
         With `sample`, the last value holds frames of two evaluations, as a player gets them: the prediction is
@@ -189,7 +192,7 @@ class Trainer:
         sigma = 1 - torch.where(uniform(b, r) < 0.1, 0.02 * uniform(b, r), clean)
         noisy, target = self.noised(batch.target, normal(*batch.target.shape), sigma)
         past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds)
-        written = self.network.context(context, past, level, attend)
+        written = self.network.context(context, past, level, attend, config.spans(kind.sink + kind.memory, kind.window))
         flat = [t.flatten(0, 1) for t in (batch.target_cameras, batch.target_ranks, noisy)]
         coming = geometry(config, flat[0], flat[1], torch.zeros_like(flat[1]))
         predicted = self.network.denoise(flat[2], coming, sigma.flatten(), written, attend)
@@ -212,11 +215,13 @@ class Trainer:
 
     def _report(self, facts: dict[str, Tensor | float], begin: float | None, first: int) -> None:
         values = {k: float(v) for k, v in facts.items()}
+        values["mean_loss"] = float(torch.stack(self.losses).mean())
+        self.losses.clear()
         pace = (self.step - first - 20) / (time.perf_counter() - begin) if begin else 0.0
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.group.cuda else 0.0
         self.history.append({"step": self.step, "progress": self.progress, **values})
         self.log(
-            f"step {self.step} {100 * self.progress:.1f} % loss {values['loss']:.4f} mse {values['error']:.4f} "
+            f"step {self.step} {100 * self.progress:.1f} % mean loss {values['mean_loss']:.5f} mse {values['error']:.4f} "
             f"norm {values['norm']:.2f} rate {values['rate']:.3f} {pace:.2f} steps/s {peak:.1f} GiB"
         )
 

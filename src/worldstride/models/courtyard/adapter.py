@@ -144,8 +144,12 @@ class CourtyardModel:
         ranks, roles = (t.to(self.device).expand(lead) for t in (positions, kinds))
         where = geometry(self.config, cameras.to(self.device), ranks, roles)
         level = torch.zeros(lead[0], device=self.device)
-        seen = [p for p in past.keys_values if not isinstance(p, Partial)] if past is not None else None
-        return self.network.context(latents.to(self.device, self.dtype), where, level, attend, seen or None)
+        seen = None
+        if past is not None and self.config.context == "together":
+            seen = [p for p in past.keys_values if not isinstance(p, Partial)] or None
+        clean, recent = latents.to(self.device, self.dtype), int((kinds == 0).sum())
+        spans = self.config.spans(lead[1] - recent, recent)
+        return self.network.context(clean, where, level, attend, spans, seen)
 
     def velocity(
         self, x: Tensor, sigma: float, inputs: CourtyardInputs, context: Context, attend: Attend

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from worldstride.errors import InputError
 
 CameraCode = Literal["ray", "projective", "both"]
+ContextView = Literal["together", "clips", "apart"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class CourtyardConfig:
     camera: CameraCode = "both"
     """How the camera enters attention: rotary angles of the token's ray, projective attention on camera matrices, or
     both, in separate channels (measured best)."""
+    context: ContextView = "together"
+    """What context frames see in the context pass: all others; the recent ones those of their own chunk, older ones
+    nothing else; or all nothing else, so that a frame's keys and values never change."""
     refine: int = 16
     """Channels of the convolutions after unpatchify that mend patch borders (3 of them hold the noisy image);
     0 leaves them out."""
@@ -45,10 +49,12 @@ class CourtyardConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name in ("memory", "sink", "refine") else 1
-            if field.name != "camera" and (type(value) is not int or value < least):
+            if field.name not in ("camera", "context") and (type(value) is not int or value < least):
                 raise InputError(f"{field.name} must be an integer of at least {least}, got {value!r}")
         if self.camera not in get_args(CameraCode):
             raise InputError(f"camera must be one of {', '.join(get_args(CameraCode))}, got {self.camera!r}")
+        if self.context not in get_args(ContextView):
+            raise InputError(f"context must be one of {', '.join(get_args(ContextView))}, got {self.context!r}")
         for side in ("patch_height", "patch_width"):
             if self.size % getattr(self, side):
                 raise InputError(f"size must be a multiple of {side}, got {self.size} and {getattr(self, side)}")
@@ -56,6 +62,17 @@ class CourtyardConfig:
             raise InputError(f"refine must be 0 or at least 6 channels, got {self.refine}")
         if self.width % self.heads or self.width // self.heads != 64:
             raise InputError(f"width / heads must be 64, got width {self.width} and {self.heads} heads")
+
+    def spans(self, older: int, recent: int) -> list[tuple[int, int]]:
+        """How a context is encoded: spans of frames one after the other, and how many of a span see each other."""
+        if self.context == "together":
+            spans = [(older + recent, older + recent)]
+        elif self.context == "apart":
+            spans = [(older + recent, 1)]
+        else:
+            head = recent % self.chunk
+            spans = [(older, 1), (head, head), (recent - head, self.chunk)]
+        return [(frames, size) for frames, size in spans if frames]
 
     @property
     def patch(self) -> tuple[int, int]:

@@ -58,6 +58,20 @@ class Geometry:
     unproject: Tensor | None
     """Their inverses."""
 
+    def part(self, first: int, frames: int, size: int) -> Geometry:
+        """Geometry of some frames, every `size` of them as a batch entry of their own: [B frames / size, size, ...]."""
+
+        def cut(t: Tensor) -> Tensor:
+            return t[:, first : first + frames].unflatten(1, (-1, size)).flatten(0, 1)
+
+        tokens = self.features.shape[2]
+
+        def angles(t: Tensor) -> Tensor:
+            return cut(t[:, 0].unflatten(1, (-1, tokens))).flatten(1, 2)[:, None]
+
+        matrices = (None if t is None else cut(t) for t in (self.project, self.unproject))
+        return Geometry(cut(self.features), angles(self.cos), angles(self.sin), *matrices)
+
 
 def projective_channels(config: CourtyardConfig) -> int:
     """Channels of a head under camera matrices (a multiple of 4); the rest are rotary."""

@@ -197,12 +197,30 @@ class CourtyardNetwork(nn.Module):
         geometry: Geometry,
         sigma: Tensor,
         attend: Attend,
+        spans: Sequence[tuple[int, int]] | None = None,
         past: Sequence[KeysValues | None] | None = None,
     ) -> list[KeysValues]:
         """Keys and values of context frames clean [B, F, n, values] that hold noise of level sigma [B].
 
-        They see each other and, where it is given, `past`: another pass's keys and values, one pair a block.
+        `spans` says which frames see each other (see `CourtyardConfig.spans`); None lets all of them. Where it is given
+        they see `past`, too: another pass's keys and values, one pair a block.
         """
+        parts, first = list[list[KeysValues]](), 0
+        for frames, size in spans or [(clean.shape[1],) * 2]:
+            some = clean[:, first : first + frames].unflatten(1, (-1, size)).flatten(0, 1)
+            groups = frames // size
+            where = geometry.part(first, frames, size)
+            pairs = self._written(some, where, sigma.repeat_interleave(groups), attend, past)
+            # [B groups, heads, size n, e] -> [B, heads, frames n, e]
+            parts.append([tuple(t.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3) for t in p) for p in pairs])
+            first += frames
+        if len(parts) == 1:
+            return parts[0]
+        return [tuple(torch.cat(t, 2) for t in zip(*pairs, strict=True)) for pairs in zip(*parts, strict=True)]
+
+    def _written(
+        self, clean: Tensor, geometry: Geometry, sigma: Tensor, attend: Attend, past: Sequence[KeysValues | None] | None
+    ) -> list[KeysValues]:
         x = self._tokens(clean, self.clean_in, geometry)
         _, modulation = self._level(sigma, x.dtype)
         tables, written = self._tables(geometry, x.dtype), list[KeysValues]()
