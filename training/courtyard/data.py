@@ -83,7 +83,7 @@ class Pool:
     ) -> None:
         self._sample, self._walk, default = FAMILIES[family]
         self.family, self.frames, self.config, self.fresh = family, frames or default, config, fresh
-        self._generator, self._trace, self._next = generator, trace, 0
+        self.generator, self._trace, self._next = generator, trace, 0
         self.device = generator.device
         self._block = min(fresh, max(1, at_once * 64 // self.frames))  # worlds in one call, always as many
         if fresh < 1 or fresh % self._block:
@@ -99,7 +99,7 @@ class Pool:
         self.cameras = torch.empty(size, self.frames, 4, 4, device=self.device)
         self.own: Tensor | None = None
         """The model's own predictions of the same frames, once training asks for them."""
-        self._retriever = Retriever(self.device)
+        self.retriever = Retriever(self.device)
         for _ in range(size // fresh):
             self.refresh()
 
@@ -107,8 +107,8 @@ class Pool:
     def refresh(self) -> None:
         """Render `fresh` new worlds in place of the oldest."""
         at, self._next = self._next, (self._next + self.fresh) % len(self.patches)
-        scene = self._sample(self.fresh, self.device, self._generator)
-        pose = self._walk(scene, self.frames, self._generator)
+        scene = self._sample(self.fresh, self.device, self.generator)
+        pose = self._walk(scene, self.frames, self.generator)
         self.cameras[at : at + self.fresh] = camera.camera_from_pose(pose)
         block = self._block
         time = torch.arange(self.frames, device=self.device, dtype=torch.float32).expand(block, -1)
@@ -127,7 +127,7 @@ class Pool:
         Memory is retrieved for all target chunks together, or for a share `first_only` of walks for the first alone, as
         a session does it.
         """
-        n, c, device, g = self.frames, self.config.chunk, self.device, self._generator
+        n, c, device, g = self.frames, self.config.chunk, self.device, self.generator
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, device=device, generator=g)
@@ -174,7 +174,7 @@ class Pool:
     ) -> Tensor:
         ends = torch.stack([starts, starts + self.config.chunk - 1], -1).flatten(1)  # first and last coming frame
         coming, before = take(self.cameras, rows, ends), start - kind.window
-        chosen = self._retriever.memory(coming, self.cameras[rows], before, kind.memory, kind.window)
+        chosen = self.retriever.memory(coming, self.cameras[rows], before, kind.memory, kind.window)
         anywhere = (uniform(len(rows), kind.memory) * before[:, None]).long()
         # ranks follow time, here as in a session
         return torch.where(uniform(len(rows), 1) < random, anywhere, chosen).sort(1).values

@@ -37,6 +37,14 @@ class Settings:
     """Weight of the squared jump of the error across patch borders."""
     log_clean: float = -1.0
     """Mean of the logit of the clean share, 1 - sigma; its deviation is 1.2. Few-step schedules live at high noise."""
+    kept_share: float = 0.0
+    """Share of steps on stretches of walks whose context is encoded chunk by chunk, as an incremental context is."""
+    kept_batch: int = 40
+    """Stretches a GPU in such a step."""
+    kept_targets: int = 5
+    """Target chunks of a stretch."""
+    kept_chunks: int = 16
+    """Chunks of a stretch."""
     plain_share: float = 0.55
     """Share of steps on plain static courts; the rest on courts with rooms and moving things."""
     plain_pool: int = 4096
@@ -74,7 +82,7 @@ class Settings:
 
     def for_smoke(self) -> Settings:
         """The same run in miniature."""
-        tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=2)
+        tiny = replace(self.model, size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=4)
         return replace(
             self,
             model=tiny,
@@ -89,6 +97,9 @@ class Settings:
             quick=1,
             compile=False,
             own_from=0.0,
+            kept_batch=1,
+            kept_targets=2,
+            kept_chunks=6,
         )
 
 

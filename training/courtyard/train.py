@@ -8,7 +8,9 @@ levels are denoised against them. Everything is rendered while training; nothing
 from __future__ import annotations
 
 import lzma
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,13 +18,14 @@ import torch
 import torch.distributed as dist
 import tyro
 from checkpoint import flat_state, load_state, part, save_state, save_weights
-from data import Batch, ContextKind, Pool
+from data import Batch, ContextKind, Pool, context_ranks, take
 from group import Group
 from objective import errors, noised
 from optimizer import Optimizer
 from origin import commit
 from quick import Quick
 from repatch import repatched
+from sequence import Fetch, Layout, Stretch, draw_stretch, encode_stretch, fetched
 from settings import Settings, context_kinds
 from torch import Tensor
 
@@ -30,10 +33,13 @@ from worldstride import worlds
 from worldstride.atomic import atomic_write
 from worldstride.attention import attend
 from worldstride.bench.results import write_json
-from worldstride.models.courtyard.codec import to_levels
+from worldstride.models.courtyard.codec import from_levels, to_levels
 from worldstride.models.courtyard.geometry import geometry
-from worldstride.models.courtyard.model import CourtyardNetwork, parameter_count
+from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues, parameter_count
 from worldstride.models.courtyard.weights import read_network
+
+Encode = Callable[[Batch, Tensor, Tensor], list[KeysValues]]
+"""Context from a batch, its noised frames and their noise levels."""
 
 
 class Trainer:
@@ -61,9 +67,11 @@ class Trainer:
         millions = parameter_count(self.network) / 1e6
         self.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
         compiled = settings.compile and group.cuda
-        trace, self.noised, self.errors = worlds.trace, noised, errors
+        trace, self.noised, self.errors, self.fetch = worlds.trace, noised, errors, fetched
         if compiled:
-            trace, self.noised, self.errors = (torch.compile(f, dynamic=False) for f in (trace, noised, errors))
+            trace, self.noised, self.errors, self.fetch = (
+                torch.compile(f, dynamic=False) for f in (trace, noised, errors, fetched)
+            )
             if settings.compile_cache is not None and settings.compile_cache.exists():
                 torch.compiler.load_cache_artifacts(lzma.decompress(settings.compile_cache.read_bytes()))
             self.network.compile_passes()
@@ -82,8 +90,9 @@ class Trainer:
         self.order = torch.Generator().manual_seed(settings.seed + self.step)
         self.quick = Quick(config, self.device, worlds=8 if settings.smoke else 256, smoke=settings.smoke)
         self.history: list[dict[str, float]] = []
-        self.losses: list[Tensor] = []
-        """Of every step since the last report."""
+        self.losses: dict[bool, list[Tensor]] = {False: [], True: []}
+        """Of every step since the last report, by whether its contexts were encoded chunk by chunk."""
+        self.layout = Layout(config, settings.kept_chunks) if settings.kept_share else None
 
     def log(self, *words: object) -> None:
         """Print on rank 0, with seconds since the start."""
@@ -118,6 +127,8 @@ class Trainer:
         marks = [done_before + (1 - done_before) * (i + 1) / s.quick for i in range(s.quick)]
         saved = time.perf_counter()
         first = self.step
+        if s.initial is not None and s.quick:
+            self._evaluate()
         while True:
             if self.step == first + 20:  # every shape has been seen by then
                 self._wait()
@@ -148,16 +159,22 @@ class Trainer:
     def train_step(self, since: int) -> dict[str, Tensor | float]:
         """One optimiser step; `since` counts from the start of this process."""
         s = self.s
-        choice = torch.rand(2, generator=self.order)
+        choice = torch.rand(3, generator=self.order)
         kind = self.kinds[since % len(self.kinds)] if since < 16 else self.kinds[int(choice[0] * len(self.kinds))]
         family = "plain" if float(choice[1]) < s.plain_share else "courtyard"
         pool, own = self.pools[family], s.own_share if self.progress > s.own_from else 0.0
         if self.progress > s.own_from - 0.1:
             for each in self.pools.values():
                 each.own = each.patches.clone() if each.own is None else each.own
-        batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own, s.first_only)
         keep = pool.own is not None and self.step % s.own_every == 0
-        sigma, predicted, target, sampled = self._predict(batch, kind, keep)
+        encode, kept = self._encode(kind), self.layout is not None and float(choice[2]) < s.kept_share
+        if self.layout is not None and kept:
+            places = torch.randperm(len(self.layout.steps), generator=self.order)[: s.kept_targets].sort().values
+            stretch = draw_stretch(pool, self.layout, s.kept_batch, places.tolist(), s.random_memory, own)
+            batch, encode = stretch.batch, self._encode_stretch(self.network, stretch, self.layout, self.fetch)
+        else:
+            batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own, s.first_only)
+        sigma, predicted, target, sampled = self._predict(batch, encode, keep)
         error, jump = self.errors(s.model, predicted, target)  # [B, R] each
         loss = ((error + s.seam * jump) / sigma.clamp_min(0.1)).mean()
         loss.backward()
@@ -169,10 +186,29 @@ class Trainer:
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), weight)
             if pool.own is not None and sampled is not None:
                 self._keep(pool.own, batch, sampled, sigma)
-        self.losses.append(loss.detach())
+        self.losses[kept].append(loss.detach())
         return {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm, "rate": rate}
 
-    def _predict(self, batch: Batch, kind: ContextKind, sample: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _encode(self, kind: ContextKind) -> Encode:
+        """How a batch's context is encoded at once."""
+        config, spans = self.s.model, self.s.model.spans(kind.sink + kind.memory, kind.window)
+
+        def encode(batch: Batch, clean: Tensor, level: Tensor) -> list[KeysValues]:
+            past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds)
+            return self.network.context(clean, past, level, attend, spans)
+
+        return encode
+
+    @staticmethod
+    def _encode_stretch(network: CourtyardNetwork, stretch: Stretch, layout: Layout, fetch: Fetch) -> Encode:
+        """How a stretch's context is encoded, chunk by chunk."""
+
+        def encode(_batch: Batch, clean: Tensor, level: Tensor) -> list[KeysValues]:
+            return encode_stretch(network, stretch, layout, clean, level, fetch)
+
+        return encode
+
+    def _predict(self, batch: Batch, encode: Encode, sample: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Noise context and targets, predict: noise levels [B, R], predicted and true patches [B, R, C, n, values].
 
         With `sample`, the last value holds frames of two evaluations, as a player gets them: the prediction is
@@ -191,8 +227,7 @@ class Trainer:
         clean = torch.sigmoid(1.2 * normal(b, r).float() + self.s.log_clean).clamp_max(0.95)
         sigma = 1 - torch.where(uniform(b, r) < 0.1, 0.02 * uniform(b, r), clean)
         noisy, target = self.noised(batch.target, normal(*batch.target.shape), sigma)
-        past = geometry(config, batch.context_cameras, batch.context_ranks, batch.context_kinds)
-        written = self.network.context(context, past, level, attend, config.spans(kind.sink + kind.memory, kind.window))
+        written = encode(batch, context, level)
         flat = [t.flatten(0, 1) for t in (batch.target_cameras, batch.target_ranks, noisy)]
         coming = geometry(config, flat[0], flat[1], torch.zeros_like(flat[1]))
         predicted = self.network.denoise(flat[2], coming, sigma.flatten(), written, attend)
@@ -215,21 +250,57 @@ class Trainer:
 
     def _report(self, facts: dict[str, Tensor | float], begin: float | None, first: int) -> None:
         values = {k: float(v) for k, v in facts.items()}
-        values["mean_loss"] = float(torch.stack(self.losses).mean())
-        self.losses.clear()
+        for kept, name in ((False, "mean_loss"), (True, "mean_kept_loss")):
+            values[name] = float(torch.stack(self.losses[kept]).mean()) if self.losses[kept] else math.nan
+            self.losses[kept].clear()
         pace = (self.step - first - 20) / (time.perf_counter() - begin) if begin else 0.0
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.group.cuda else 0.0
         self.history.append({"step": self.step, "progress": self.progress, **values})
         self.log(
-            f"step {self.step} {100 * self.progress:.1f} % mean loss {values['mean_loss']:.5f} mse {values['error']:.4f} "
+            f"step {self.step} {100 * self.progress:.1f} % mean loss {values['mean_loss']:.5f}, "
+            f"kept {values['mean_kept_loss']:.5f} mse {values['error']:.4f} "
             f"norm {values['norm']:.2f} rate {values['rate']:.3f} {pace:.2f} steps/s {peak:.1f} GiB"
         )
 
     def _evaluate(self) -> None:
         if self.group.rank == 0:
-            scores = self.quick.score(self.averaged)
+            scores = self.quick.score(self.averaged) | self._staleness()
             self.history.append({"step": self.step, "progress": self.progress, **scores})
-            self.log("QUICK", {k: round(v, 2) for k, v in scores.items()})
+            self.log("QUICK", {k: float(f"{v:.4g}") for k, v in scores.items()})
+
+    @torch.no_grad()
+    def _staleness(self, batches: int = 6) -> dict[str, float]:
+        """Mean squared error of predictions from contexts encoded chunk by chunk, and from the same encoded at once."""
+        if self.layout is None:
+            return {}
+        config, sums = self.s.model, dict[str, float]()
+        for family, pool in self.pools.items():
+            for _ in range(batches):
+                places = [0, len(self.layout.steps) // 2, len(self.layout.steps) - 1]
+                made = draw_stretch(pool, self.layout, self.s.kept_batch, places, 0.0, 0.0)
+                b, wanted = made.batch, made.seen[:, places]
+                clean, flat = (from_levels(t).to(self.dtype) for t in (b.context, b.target.flatten(0, 1)))
+                cameras = b.target_cameras.flatten(0, 1)
+                ranks, kinds = context_ranks(ContextKind(config.memory, config.window), self.device)
+                zero = torch.zeros(len(clean), device=self.device)
+                each = take(clean, torch.arange(len(clean), device=self.device), wanted.flatten(1))
+                where = take(b.context_cameras, torch.arange(len(clean), device=self.device), wanted.flatten(1))
+                frames, at = ((t.unflatten(1, (len(places), -1)).flatten(0, 1)) for t in (each, where))
+                past = geometry(config, at, ranks.expand(len(at), -1), kinds.expand(len(at), -1))
+                whole = self.averaged.context(frames, past, zero.repeat_interleave(len(places)), attend)
+                kept = encode_stretch(self.averaged, made, self.layout, clean, zero)
+                coming = geometry(
+                    config, cameras, b.target_ranks.flatten(0, 1), torch.zeros(cameras.shape[:2]).to(zero)
+                )
+                sigma = torch.full((len(flat),), 0.8, device=self.device)
+                noisy = torch.lerp(
+                    flat.float(), torch.randn(flat.shape, device=self.device, generator=self.generator), 0.8
+                )
+                for name, context in (("kept", kept), ("whole", whole)):
+                    error = (self.averaged.denoise(noisy.to(self.dtype), coming, sigma, context, attend) - flat).float()
+                    key = f"{family}_{name}_mse"
+                    sums[key] = sums.get(key, 0.0) + float(error.square().mean()) / batches
+        return sums
 
     def _facts(self) -> dict[str, object]:
         settings = {k: (str(v) if isinstance(v, Path) else v) for k, v in asdict(self.s).items()}

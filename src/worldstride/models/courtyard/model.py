@@ -221,9 +221,9 @@ class CourtyardNetwork(nn.Module):
     def _written(
         self, clean: Tensor, geometry: Geometry, sigma: Tensor, attend: Attend, past: Sequence[KeysValues | None] | None
     ) -> list[KeysValues]:
-        x = self._tokens(clean, self.clean_in, geometry)
-        _, modulation = self._level(sigma, x.dtype)
-        tables, written = self._tables(geometry, x.dtype), list[KeysValues]()
+        x = self.tokens(clean, self.clean_in, geometry)
+        _, modulation = self.level(sigma, x.dtype)
+        tables, written = self.tables(geometry, x.dtype), list[KeysValues]()
         for i, (block, seen) in enumerate(zip(self.blocks, past or (None,) * len(self.blocks), strict=True)):
             last = i + 1 == len(self.blocks)  # its tokens go nowhere
             x, k, v, _ = self.run(block, x, modulation, *tables, seen, attend, False, last)
@@ -244,9 +244,9 @@ class CourtyardNetwork(nn.Module):
         A list given as `outer` is filled with every block's attention to the context, for use as a later evaluation's
         context.
         """
-        x = self._tokens(noisy, self.noisy_in, geometry)
-        level, modulation = self._level(sigma, x.dtype)
-        tables = self._tables(geometry, x.dtype)
+        x = self.tokens(noisy, self.noisy_in, geometry)
+        level, modulation = self.level(sigma, x.dtype)
+        tables = self.tables(geometry, x.dtype)
         for block, past in zip(self.blocks, context, strict=True):
             x, _, _, part = self.run(block, x, modulation, *tables, past, attend, outer is not None)
             if outer is not None and part is not None:
@@ -259,17 +259,20 @@ class CourtyardNetwork(nn.Module):
             x = self.refine(x, noisy.flatten(0, 1))
         return x.unflatten(0, (-1, frames))
 
-    def _tokens(self, patches: Tensor, layer: nn.Linear, geometry: Geometry) -> Tensor:
+    def tokens(self, patches: Tensor, layer: nn.Linear, geometry: Geometry) -> Tensor:
+        """Tokens [B, F n, width] of patches [B, F, n, values] through the layer for clean or for noisy ones."""
         camera = linear(geometry.features.to(patches.dtype), self.camera_in)
         return (linear(patches, layer) + camera + self.place.to(patches.dtype)).flatten(1, 2)  # [B, F n, width]
 
-    def _level(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def level(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Embedding [B, width] of noise levels [B] in float32, and what it modulates blocks by [B, 6, width]."""
         wave = sigma.float()[:, None] * torch.exp(torch.linspace(0, 5.5, 16, device=sigma.device))
         level = F.silu(linear(torch.cat([wave.sin(), wave.cos()], -1), self.level1))  # [B, width], float32
         return level, linear(level, self.level2).unflatten(-1, (6, -1)).to(dtype)
 
     @staticmethod
-    def _tables(g: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def tables(g: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Where tokens are, as blocks take it."""
         return g.cos.to(dtype), g.sin.to(dtype), g.project, g.unproject
 
 
