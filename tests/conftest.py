@@ -63,5 +63,5 @@ def training() -> Iterator[SimpleNamespace]:
     """The trainer's modules, as its scripts see each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "training" / "courtyard"))
-        names = ("checkpoint", "data", "group", "objective", "optimizer", "repatch", "retriever", "train")
+        names = ("checkpoint", "data", "group", "objective", "optimizer", "repatch", "retriever", "sequence", "train")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from worldstride.errors import InputError
 from worldstride.models.courtyard import geometry as geometry_of
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.codec import PatchCodec
-from worldstride.models.courtyard.config import CameraCode, CourtyardConfig
+from worldstride.models.courtyard.config import CameraCode, ContextView, CourtyardConfig
 from worldstride.models.courtyard.geometry import (
     FIELD_OF_VIEW,
     KIND_ANGLE,
@@ -355,3 +356,42 @@ def test_another_cameras_intrinsics_are_refused():
 
 def test_geometry_and_worlds_share_camera_and_eye_height():
     assert (geometry_of.FIELD_OF_VIEW, geometry_of.EYE_HEIGHT) == (worlds.FOV, worlds.EYE)
+
+
+@pytest.mark.parametrize(("view", "reached"), [("together", range(10)), ("clips", [6, 7, 8, 9]), ("apart", [8])])
+def test_what_context_frames_see(view: ContextView, reached: Sequence[int]):
+    """10 frames, the last 6 of them recent: 2 that are left of a chunk, and a chunk. Frame 8 changes."""
+    config = replace(SMALL, context=view)
+    model = CourtyardModel(random_network(config).eval(), torch.float32)
+    latents = normal(1, 10, *model.latent_shape)
+    other = latents.clone()
+    other[:, 8] = 0
+    ranks, cameras = torch.arange(-10, 0), torch.eye(4).expand(1, 10, 4, 4)
+    kinds = (ranks < -6).long()
+    made = [model.encode_context(x, cameras, (), ranks, kinds, None, attend).keys_values for x in (latents, other)]
+    changed = sum(
+        (a[1] - b[1]).abs().unflatten(2, (10, -1)).flatten(3).sum((0, 1, 3)) for a, b in zip(*made, strict=True)
+    )
+    assert (changed > 1e-6).nonzero().flatten().tolist() == list(reached)
+
+
+def test_a_config_names_what_context_frames_may_see():
+    assert replace(SMALL, context="clips").spans(5, 10) == [(5, 1), (2, 2), (8, 4)]
+    assert replace(SMALL, context="clips").spans(0, 8) == [(8, 4)]
+    assert SMALL.spans(5, 8) == [(13, 13)]
+    assert SMALL.spans(0, 0) == []
+    with pytest.raises(InputError, match="context must be one of together, clips, apart, got 'alone'"):
+        replace(SMALL, context="alone")  # type: ignore[arg-type]
+
+
+def test_what_sees_only_itself_ignores_what_else_is_kept():
+    model = CourtyardModel(random_network(replace(SMALL, context="apart")).eval(), torch.float32)
+    latents, ranks, cameras = normal(1, 6, *model.latent_shape), torch.arange(-6, 0), torch.eye(4).expand(1, 6, 4, 4)
+    zeros = torch.zeros(6, dtype=torch.long)
+    first = model.encode_latents(latents[:, :2], cameras[:, :2], (), ranks[:2], zeros[:2], None, attend)
+    past = model.join_context(first.unbind(1), ranks[:2], zeros[:2])
+    after, alone = (
+        model.encode_latents(latents[:, 2:], cameras[:, 2:], (), ranks[2:], zeros[2:], seen, attend)
+        for seen in (past, None)
+    )
+    assert torch.equal(after, alone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldstride import Engine
 from worldstride.attention import attend
 from worldstride.denoising import DenoisePlan, Denoising, denoise, make_solver, shifted_sigmas
 from worldstride.denoising.policy import tail
@@ -222,13 +222,13 @@ def test_fresh_noise_is_numbered_by_step():
 
 def begun(model: Stub, plan: DenoisePlan, batch: int = 1) -> Denoising:
     noise = normal(1, 4, 3).expand(batch, -1, -1).clone()
-    return Denoising(model, noise, (2.0,), None, plan, attend, no_noise)  # type: ignore[arg-type]
+    return Denoising(model, noise, (2.0,), None, [plan] * batch, attend, no_noise)  # type: ignore[arg-type]
 
 
 def test_reused_outputs_are_held_and_the_last_step_is_computed():
     model, spec = Stub(), SamplerSpec(shifted_sigmas(4))
     run_ = begun(model, DenoisePlan(spec, computed=(0, 3)))
-    latents, evaluations = run_.run(), run_.evaluations()
+    latents, evaluations = run_.run(), run_.evaluations()[0]
     assert [sigma for sigma, _ in model.evaluated] == [spec.sigmas[0], spec.sigmas[3]]
     assert [e.computed for e in evaluations] == [True, False, False, True]
     # in plain Euler a held velocity is one long step
@@ -261,20 +261,103 @@ def test_a_look_evaluates_nothing_twice_and_a_refined_plan_goes_on_from_there():
     assert [sigma for sigma, _ in model.evaluated] == list(spec.sigmas[:2])
     assert bool((change < 1e-3).all())  # the stub always predicts the same
     short = SamplerSpec((*spec.sigmas[:2], 0.4, 0.0))
-    rest = first.refined(DenoisePlan(short, "seen before"))
-    latents = rest.run()
-    assert [e.sigma for e in rest.evaluations()] == list(short.sigmas[:-1])
+    assert first.looking == [0, 1]
+    plan = DenoisePlan(short, "seen before")
+    with pytest.raises(ValueError, match="only below the levels"):
+        first.refine(dict.fromkeys((0, 1), DenoisePlan(SamplerSpec(shifted_sigmas(2)))))
+    first.refine(dict.fromkeys((0, 1), plan))
+    assert first.looking == []
+    latents = first.run()
+    for evaluations in first.evaluations():
+        assert [e.sigma for e in evaluations] == list(short.sigmas[:-1])
     assert len(model.evaluated) == 3
     assert torch.allclose(latents[:, 1:], torch.full((2, 3, 3), 2.0), atol=1e-5)
-    with pytest.raises(ValueError, match="only below the levels"):
-        first.refined(DenoisePlan(SamplerSpec(shifted_sigmas(2))))
 
 
-def test_some_worlds_of_a_batch_go_on_alone_only_where_the_model_can(tiny_engine: Engine):
-    first = begun(Stub(), DenoisePlan(SamplerSpec(shifted_sigmas(4)), look=1), batch=2)
+class Parting(Bent):
+    """Worlds may go on apart; inputs and context are one number a world, and what was evaluated is remembered."""
+
+    def narrow(self, inputs: Tensor, context: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+        return inputs[rows], context[rows]
+
+    def velocity(self, x: Tensor, sigma: Any, inputs: Tensor, context: Tensor, attend: object) -> Any:
+        assert len(x) == len(inputs) == len(context)
+        levels = sigma.tolist() if isinstance(sigma, Tensor) else [sigma] * len(x)
+        self.evaluated.append(list(zip(context.tolist(), (round(s, 4) for s in levels), strict=True)))  # type: ignore[arg-type]
+        pull = inputs.view(-1, 1, 1)
+        return pull * x.float() * torch.tensor(levels).view(-1, 1, 1), {}
+
+    def clamp(self, x: Tensor, inputs: Tensor) -> Tensor:
+        assert len(x) == len(inputs)
+        return x
+
+
+def parting(plans: list[DenoisePlan], of: list[int]) -> tuple[Parting, Denoising]:
+    """Worlds `of` four with a number each, in one batch."""
+    model, noise = Parting(), normal(4, 2, 3)[of]
+    inputs, context = torch.tensor([1.0, -0.5, 0.25, 2.0])[of], torch.arange(4)[of]
+    run_ = Denoising(model, noise, (inputs,), context, [plans[i] for i in of], attend, no_noise)  # type: ignore[arg-type]
+    return model, run_
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_worlds_of_a_batch_step_together_at_their_own_levels(solver: Any):
+    def spec(steps: int) -> SamplerSpec:
+        return SamplerSpec(shifted_sigmas(steps, 2.0), solver)
+
+    plans = [
+        DenoisePlan(spec(4), "a"), DenoisePlan(spec(2)), DenoisePlan(spec(5), computed=(0, 1, 4)),
+        DenoisePlan(spec(4), "b"),
+    ]  # fmt: skip
+    model, run_ = parting(plans, [0, 1, 2, 3])
+    latents, evaluations = run_.run(), run_.evaluations()
+    # one call for all that are not done and compute their step
+    assert [[world for world, _ in call] for call in model.evaluated] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [0, 3],
+        [0, 3],
+        [2],
+    ]
+    for i in range(4):
+        alone = parting(plans, [i])[1]
+        assert torch.allclose(latents[i : i + 1], alone.run(), atol=1e-6)
+        assert [(e.sigma, e.computed) for e in evaluations[i]] == [
+            (e.sigma, e.computed) for e in alone.evaluations()[0]
+        ]
+        mine = [level for call in model.evaluated for world, level in call if world == i]
+        assert mine == [round(e.sigma, 4) for e in evaluations[i] if e.computed]
+
+
+def test_only_those_that_look_are_refined_and_the_others_go_on():
+    long, short = SamplerSpec(shifted_sigmas(6)), SamplerSpec(shifted_sigmas(3))
+    plans = [DenoisePlan(short), DenoisePlan(long, look=1), DenoisePlan(long, look=1), DenoisePlan(long, look=1)]
+    model, run_ = parting(plans, [0, 1, 2, 3])
+    assert run_.looking == [1, 2, 3]
+    assert run_.change().shape == (3,)
+    assert len(model.evaluated) == 2
+    cut = DenoisePlan(SamplerSpec((*long.sigmas[:2], 0.3, 0.0)))
+    run_.refine({1: plans[1], 2: cut, 3: cut})
+    latents = run_.run()
+    assert [len(call) for call in model.evaluated] == [4, 4, 4, 1, 1, 1]
+    assert [len(e) for e in run_.evaluations()] == [3, 6, 3, 3]
+    for i, plan in enumerate((plans[0], DenoisePlan(long), cut, cut)):
+        alone = parting([plan] * 4, [i])[1]
+        assert torch.allclose(latents[i : i + 1], alone.run(), atol=1e-6)
+
+
+def test_worlds_part_only_where_the_model_can():
+    spec = SamplerSpec(shifted_sigmas(4))
+    first = begun(Stub(), DenoisePlan(spec, look=1), batch=2)
     first.change()
     with pytest.raises(ValueError, match="cannot go on with some worlds"):
-        first.refined(DenoisePlan(SamplerSpec(shifted_sigmas(4))), [1])
+        first.refine({1: DenoisePlan(spec)})
+    plans = [DenoisePlan(spec), DenoisePlan(SamplerSpec(shifted_sigmas(2)))]
+    with pytest.raises(ValueError, match="cannot go on with some worlds"):
+        Denoising(Stub(), normal(2, 4, 3), (2.0,), None, plans, attend, no_noise)  # type: ignore[arg-type]
+    plans = [DenoisePlan(spec), DenoisePlan(replace(spec, storage=torch.bfloat16))]
+    with pytest.raises(ValueError, match="one storage precision"):
+        parting([*plans, *plans], [0, 1])
 
 
 @pytest.mark.parametrize("look", [None, 0])

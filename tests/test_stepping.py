@@ -122,18 +122,34 @@ def test_what_has_the_same_plan_is_made_together(tiny_engine: Engine, attentive:
     assert split([a, b, c], [FORWARD] * 3, limit=2) == [[0, 1], [2]]
     assert split([a, b, c], [FORWARD, TURN, FORWARD]) == [[0, 2], [1]]
     assert split([a, other, c], [FORWARD] * 3) == [[0, 2], [1]]
-    b.acceleration = Acceleration("less", steps=4)
-    assert split([a, b, c], [FORWARD] * 3) == [[0, 2], [1]]
-    a.acceleration = Acceleration("other name", steps=4)
-    assert split([a, b, c], [FORWARD] * 3) == [[0, 1], [2]]
-    a.acceleration = Acceleration("shorter", steps=4, window=2)
-    assert split([a, b, c], [FORWARD] * 3) == [[0], [1], [2]]
+    b.acceleration = Acceleration("less", steps=4, solver="unipc")  # worlds of a batch may take other steps
+    assert split([a, b, c], [FORWARD] * 3) == [[0, 1, 2]]
+    a.acceleration = Acceleration("reuse", attention=AttentionReuse(2))
+    assert split([a, b, c], [FORWARD] * 3) == [[0], [1, 2]]
+    a.acceleration = Acceleration("shorter", window=2)
+    assert split([a, b, c], [FORWARD] * 3) == [[0], [1, 2]]
     for one in (a, b):
         one.acceleration = Acceleration("kept", kept=KeptContext(sees="itself" if one is a else "all"))
     assert split([a, b, c], [FORWARD] * 3) == [[0], [1], [2]]
     a.acceleration = b.acceleration = "off"
     a.step(FORWARD)
     assert split([a, b, c], [FORWARD] * 3) == [[0], [1, 2]]
+
+
+def test_a_model_that_cannot_part_worlds_makes_equal_plans_together(guided: Engine):
+    a, b, c = joint_worlds(guided)
+    b.acceleration = Acceleration("less", steps=2)
+    assert split([a, b, c], [FORWARD] * 3) == [[0, 2], [1]]
+    a.acceleration = Acceleration("other name", steps=2)
+    assert split([a, b, c], [FORWARD] * 3) == [[0, 1], [2]]
+
+
+def test_a_chunks_share_of_a_batch_goes_by_its_evaluations(tiny_engine: Engine):
+    a, b = worlds_of(tiny_engine, seeds=[3, 5])
+    b.acceleration = Acceleration("less", steps=2)
+    one, other = (c.report.seconds for c in step_together([a, b], actions=[FORWARD] * 2))
+    assert one["denoise"] == pytest.approx(4 * other["denoise"])
+    assert all(one[stage] == other[stage] for stage in ("fetch", "context", "decode"))
 
 
 def test_sessions_of_all_kinds_step_together(tiny_engine: Engine, guided: Engine):
@@ -145,7 +161,7 @@ def test_sessions_of_all_kinds_step_together(tiny_engine: Engine, guided: Engine
 
     moves = [FORWARD, TURN, FORWARD, BACK, FORWARD]
     made = step_together(all_kinds(), actions=moves)
-    assert batches(made) == [1, 1, 2, 1, 2]
+    assert batches(made) == [3, 1, 3, 1, 3]
     assert [len(c.report.evaluations) for c in made] == [2, 3, 8, 8, 8]
     for one, session, move in zip(made, all_kinds(), moves, strict=True):
         assert levels_apart(one, session.step(move)) <= 1

@@ -50,6 +50,16 @@ def test_a_smoke_run_writes_weights_that_load_and_play(smoke: Path):
     assert all(path.stat().st_size < 16 * 2**20 for path in smoke.rglob("*"))
 
 
+def test_a_run_mixes_contexts_encoded_at_once_and_chunk_by_chunk(tmp_path: Path):
+    train("--out", tmp_path, "--kept-share", "0.5", "--steps", "20")
+    history = json.loads((tmp_path / "training.json").read_text())["history"]
+    losses = [h for h in history if "mean_loss" in h]
+    for name in ("mean_loss", "mean_kept_loss"):
+        assert any(h[name] is not None and h[name] > 0 for h in losses)
+    scores = history[-1]
+    assert all(scores[f"{family}_{how}_mse"] > 0 for family in ("plain", "courtyard") for how in ("kept", "whole"))
+
+
 def test_training_moves_every_part_of_the_network(smoke: Path, training: SimpleNamespace):
     tensors, facts = training.checkpoint.load_state(smoke / "state")
     begun = training.train.Settings().for_smoke()

@@ -178,7 +178,10 @@ class ReusesAttention(Protocol):
 
 @runtime_checkable
 class Narrows(Protocol):
-    """A model that can go on with some worlds of a batch. No model needs to be one."""
+    """A model that can go on with some worlds of a batch, each at its own noise level. No model needs to be one.
+
+    Its `velocity` takes a tensor of noise levels [B], too.
+    """
 
     def narrow(self, inputs: Inputs, context: Context, rows: Sequence[int]) -> tuple[Inputs, Context]:
         """Inputs and context of some worlds of a batch."""

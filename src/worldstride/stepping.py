@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, Denoising, Evaluation
 from worldstride.denoising.policy import shortened
 from worldstride.denoising.stopwatch import Stopwatch
-from worldstride.protocol import ChunkShape, Conditions, Context, Costed, KeepsLatents, Narrows, SamplerSpec, WorldModel
+from worldstride.protocol import ChunkShape, Conditions, Context, Costed, KeepsLatents, Narrows, WorldModel
 
 if TYPE_CHECKING:
     from worldstride.session import Session, SessionState
@@ -59,10 +59,13 @@ class Pending:
         counts = (len(plan.sink), len(plan.memory), len(plan.window))
         prompt = id(state.prompt) if state.prompt else None
         sees = self.settings.kept.sees if self.settings.kept is not None else "all"
-        how, led = replace(self.denoising, reason=""), tuple(state.history.entries[i].action for i in plan.rows)
+        how, led = (
+            self.denoising.batching(isinstance(self.session.engine.model, Narrows)),
+            tuple(state.history.entries[i].action for i in plan.rows),
+        )
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
         where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder)
-        return (*where, how, self.actions, led, prompt, id(self.session.engine))
+        return (*where, *how, self.actions, led, prompt, id(self.session.engine))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,7 @@ class Made:
     evaluations: tuple[Evaluation, ...]
     seconds: dict[str, float]
     batch: int
-    """Chunks that were made together; the seconds are a chunk's share."""
+    """Chunks that were made together; the seconds are a chunk's share, of denoising by its evaluations."""
 
     def acted(self) -> tuple[str, ...]:
         """Names of the levers that saved something in this chunk; what a plain bound saved is no policy's doing."""
@@ -215,24 +218,18 @@ def grouped(pending: Sequence[Pending], limit: int | None = None) -> list[list[P
 def carry_out(group: Sequence[Pending]) -> list[Made]:
     """Make chunks with equal keys; sessions are not touched. Results are in the order of `group`."""
     batch = _Batch(group)
-    model, first, count = batch.model, group[0], len(group)
+    model, count = batch.model, len(group)
     watch = Stopwatch(model.device)
     latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
     watch.mark()
     inputs = model.prepare(conditions)  # before the context, whose work a transfer would wait for
     context, kept = batch.encode(latents)
     watch.mark()
-    begun = Denoising(model, noise, inputs, context, first.denoising, attend, lambda i: batch.noise(i + 1))
-    parts = [_Part(list(range(count)), [p.denoising for p in group], begun)]
-    if first.denoising.look is not None:
-        parts = _after_look(begun, group)
-    latents, plans, evaluations = begun.x, [p.denoising for p in group], [()] * count
-    for part in parts:
-        done = part.run.run()
-        latents = done if len(parts) == 1 else latents.index_copy(0, torch.tensor(part.rows, device=done.device), done)
-        for i, plan in zip(part.rows, part.plans, strict=True):
-            plans[i] = plan
-    committed = model.commit(latents, inputs[0])
+    plans = [p.denoising for p in group]
+    run = Denoising(model, noise, inputs, context, plans, attend, lambda i: batch.noise(i + 1))
+    if run.looking:
+        plans = _after_look(run, group)
+    committed = model.commit(run.run(), inputs[0])
     watch.mark()
     states = [p.state.decoder for p in group]
     frames, decoder = model.decoder.decode(
@@ -240,35 +237,26 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     )
     pictures = frames.cpu().numpy()
     watch.mark()
-    for part in parts:
-        evaluations = [part.run.evaluations() if i in part.rows else e for i, e in enumerate(evaluations)]
+    evaluations = run.evaluations()
     share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in watch.seconds()), strict=True))
+    computed = [sum(e.computed for e in made) for made in evaluations]
+    parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]
     return [
         Made(
             p, pictures[i], committed[i], {name: t[i : i + 1] for name, t in decoder.items()}, kept[i], context.latents,
-            context.bytes // count, plans[i], evaluations[i], {**p.seconds, **share}, count,
+            context.bytes // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count,
         )
         for i, p in enumerate(group)
     ]  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Some rows of a batch that go on together."""
-
-    rows: list[int]
-    plans: list[DenoisePlan]
-    run: Denoising
-
-
-def _after_look(begun: Denoising, group: Sequence[Pending]) -> list[_Part]:
-    """The batch split by what its first evaluations say: the one time that the host waits for the device."""
-    changes: list[float] = begun.change().tolist()
-    plans = [shortened(p.denoising, p.settings.adaptive, c) for p, c in zip(group, changes, strict=True)]
-    parts: dict[SamplerSpec, list[int]] = {}
-    for i, plan in enumerate(plans):
-        parts.setdefault(plan.sampler, []).append(i)
-    if len(parts) > 1 and not isinstance(begun.model, Narrows):  # all go on as the one that needs most
-        most = max(plans, key=lambda p: p.sampler.steps)
-        plans, parts = [most] * len(plans), {most.sampler: list(range(len(plans)))}
-    return [_Part(rows, [plans[i] for i in rows], begun.refined(plans[rows[0]], rows)) for rows in parts.values()]
+def _after_look(run: Denoising, group: Sequence[Pending]) -> list[DenoisePlan]:
+    """All plans after what first evaluations say: the one time that the host waits for the device."""
+    looking, plans = run.looking, [p.denoising for p in group]
+    changes: list[float] = run.change().tolist()
+    for i, change in zip(looking, changes, strict=True):
+        plans[i] = shortened(plans[i], group[i].settings.adaptive, change)
+    if not isinstance(run.model, Narrows):  # all go on as the one that needs most
+        plans = [max(plans, key=lambda p: p.sampler.steps)] * len(plans)
+    run.refine({i: plans[i] for i in looking})
+    return plans

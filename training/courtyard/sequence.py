@@ -21,18 +21,27 @@ from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 
 @dataclass(frozen=True)
 class Layout:
-    """A stretch of a walk, in chunks: the first `whole` are encoded together, every later one when it is new."""
+    """Runs of a walk, in chunks: the first `whole` chunks are encoded together, every later one when it is new.
+
+    Between runs the walk goes on unseen, where it is long enough, so that what is remembered can lie far back.
+    """
 
     config: CourtyardConfig
     chunks: int = 16
     """Chunks of the stretch; the last is a target only."""
+    run: int = 4
+    """Chunks that follow each other; targets have a whole window of their own run before them."""
 
     def __post_init__(self) -> None:
         c = self.config
         if c.window % c.chunk or c.sink:
             raise ValueError(f"sequences need a window of whole chunks and no sink, got {c.window} and {c.sink}")
-        if self.chunks <= self.whole + 1:
-            raise ValueError(f"a stretch needs more than {self.whole + 1} chunks, got {self.chunks}")
+        if self.run <= c.window // c.chunk:
+            raise ValueError(f"a run must be longer than the window's {c.window // c.chunk} chunks, got {self.run}")
+        if self.chunks <= self.whole + 1 or self.chunks % self.run:
+            raise ValueError(
+                f"a stretch needs more than {self.whole + 1} chunks and whole runs of {self.run}, got {self.chunks}"
+            )
 
     @property
     def whole(self) -> int:
@@ -43,6 +52,21 @@ class Layout:
     def steps(self) -> range:
         """Chunks that have a full context before them."""
         return range(self.whole, self.chunks)
+
+    @property
+    def aims(self) -> list[int]:
+        """Which steps, by place, can be targets: those with a window of their own run."""
+        return [i for i, s in enumerate(self.steps) if s % self.run >= self.config.window // self.config.chunk]
+
+    def frames(self, known: int, uniform: Callable[..., Tensor], batch: int) -> Tensor:
+        """Frames [B, chunks x chunk] of walks of `known` frames: runs in order, left out frames at random."""
+        length, runs = self.run * self.config.chunk, self.chunks // self.run
+        free = known - length * runs
+        if free < 0:
+            raise ValueError(f"walks of {known} frames are shorter than a stretch of {length * runs}")
+        begin = (uniform(batch, runs).sort(1).values * (free + 1)).long().clamp_max(free)  # frames left out before each
+        begin = begin + length * torch.arange(runs, device=begin.device)
+        return (begin[..., None] + torch.arange(length, device=begin.device)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -63,14 +87,13 @@ def draw_stretch(
 ) -> Stretch:
     """A batch of stretches; memory is retrieved for every chunk among the frames before its window."""
     config, device, g = layout.config, pool.device, pool.generator
-    c, frames = config.chunk, layout.chunks * config.chunk
+    c = config.chunk
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, device=device, generator=g)
 
     rows = torch.randint(len(pool.patches), (batch,), device=device, generator=g)
-    first = (uniform(batch) * (pool.frames - frames + 1)).long().clamp_max(pool.frames - frames)
-    index = first[:, None] + torch.arange(frames, device=device)  # [B, T]
+    index = layout.frames(pool.frames, uniform, batch)  # [B, T]
     cameras = take(pool.cameras, rows, index)
     known = (layout.chunks - 1) * c
     context = take(pool.patches, rows, index[:, :known])

@@ -169,8 +169,9 @@ class Trainer:
         keep = pool.own is not None and self.step % s.own_every == 0
         encode, kept = self._encode(kind), self.layout is not None and float(choice[2]) < s.kept_share
         if self.layout is not None and kept:
-            places = torch.randperm(len(self.layout.steps), generator=self.order)[: s.kept_targets].sort().values
-            stretch = draw_stretch(pool, self.layout, s.kept_batch, places.tolist(), s.random_memory, own)
+            picks = torch.randperm(len(self.layout.aims), generator=self.order)[: s.kept_targets].sort().values
+            places = [self.layout.aims[i] for i in picks.tolist()]
+            stretch = draw_stretch(pool, self.layout, s.kept_batch, places, s.random_memory, own)
             batch, encode = stretch.batch, self._encode_stretch(self.network, stretch, self.layout, self.fetch)
         else:
             batch = pool.draw(s.batch, kind, s.targets, s.random_memory, own, s.first_only)
@@ -276,7 +277,7 @@ class Trainer:
         config, sums = self.s.model, dict[str, float]()
         for family, pool in self.pools.items():
             for _ in range(batches):
-                places = [0, len(self.layout.steps) // 2, len(self.layout.steps) - 1]
+                places = self.layout.aims[-3:]
                 made = draw_stretch(pool, self.layout, self.s.kept_batch, places, 0.0, 0.0)
                 b, wanted = made.batch, made.seen[:, places]
                 clean, flat = (from_levels(t).to(self.dtype) for t in (b.context, b.target.flatten(0, 1)))

@@ -152,7 +152,7 @@ class _Recorded(CourtyardModel):
     velocities: list[Tensor]
 
     def velocity(
-        self, x: Tensor, sigma: float, inputs: CourtyardInputs, context: Context, attend: Attend
+        self, x: Tensor, sigma: float | Tensor, inputs: CourtyardInputs, context: Context, attend: Attend
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         velocity, captured = super().velocity(x, sigma, inputs, context, attend)
         self.velocities.append(velocity)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from worldstride.attention import Attend
-from worldstride.denoising.solvers import Noise, make_solver
+from worldstride.denoising.solvers import Noise, Solver, make_solver
 from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.protocol import Context, Inputs, Narrows, ReusesAttention, SamplerSpec, WorldModel
 
@@ -34,6 +35,11 @@ class DenoisePlan:
     refresh: int | None = None
     """Evaluations that share one attention to the context; None never keeps it."""
 
+    def batching(self, narrows: bool) -> tuple[object, ...]:
+        """What worlds of one batch must have in common; all of the plan where the model cannot part them."""
+        sampler = self.sampler
+        return (sampler.guidance, sampler.storage, self.refresh) if narrows else (replace(self, reason=""),)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -46,123 +52,245 @@ class Evaluation:
     """Whether attention to the context was computed, not reused."""
 
 
-class Denoising:
-    """Noise on its way to clean latents; lives for one chunk.
+@dataclass(eq=False)
+class _Track:
+    """Worlds of a batch with one plan, and how far they are."""
 
-    `inputs` holds one value for each guidance branch, `fresh(i)` gives noise for re-noising solvers.
+    rows: list[int]
+    plan: DenoisePlan
+    solver: Solver
+    context: Context | None = None
+    """Theirs alone, where attention to it is kept from one evaluation to the next."""
+    known: list[tuple[float, Tensor]] = field(default_factory=list)
+    """Levels and velocities evaluated last, at most two."""
+    velocity: Tensor | None = None
+    """Of the step under way, evaluated but not taken."""
+    clean: list[Tensor] = field(default_factory=list)
+    """Predicted by the first evaluations, for `Denoising.change`."""
+    step: int = 0
+    count: int = 0
+    """Evaluations so far."""
+    done: list[tuple[Evaluation, int]] = field(default_factory=list)
+    """What was evaluated, and in which stretch of time."""
+
+    @property
+    def left(self) -> bool:
+        return self.step < self.plan.sampler.steps
+
+    @property
+    def computes(self) -> bool:
+        """Whether the step under way evaluates the network."""
+        return self.step == 0 or self.plan.computed is None or self.step in self.plan.computed
+
+    @property
+    def sigma(self) -> float:
+        return self.plan.sampler.sigmas[self.step]
+
+    def split(self, plan: DenoisePlan, rows: list[int], context: Context | None) -> _Track:
+        """Some of the worlds gone on with another plan, whose levels so far must be the same."""
+        if plan.sampler.sigmas[: self.step + 1] != self.plan.sampler.sigmas[: self.step + 1]:
+            raise ValueError("a plan can be refined only below the levels that were evaluated")
+        places = None if rows == self.rows else [self.rows.index(r) for r in rows]
+        known = [(sigma, _of(v, places)) for sigma, v in self.known]
+        velocity = None if self.velocity is None else _of(self.velocity, places)
+        solver = self.solver.refined(plan.sampler.sigmas, places)
+        return _Track(
+            rows, replace(plan, look=None), solver, context, known, velocity, [], self.step, self.count, list(self.done)
+        )
+
+
+def _of(x: Tensor, places: Sequence[int] | None) -> Tensor:
+    return x if places is None else x[torch.tensor(places, device=x.device)]
+
+
+class Denoising:
+    """Noise on its way to clean latents; lives for one chunk of one world or of a batch, each with a plan of its own.
+
+    Worlds take their steps together, each at its own noise levels, so that all that are not done yet are evaluated as
+    one batch. `inputs` holds one value for each guidance branch, `fresh(i)` gives noise for re-noising solvers. Plans
+    may differ only for a model that `Narrows`.
     """
 
     def __init__(
-        self, model: WorldModel, noise: Tensor, inputs: Sequence[Inputs], context: Context, plan: DenoisePlan,
-        attend: Attend, fresh: Noise,
+        self, model: WorldModel, noise: Tensor, inputs: Sequence[Inputs], context: Context,
+        plans: Sequence[DenoisePlan], attend: Attend, fresh: Noise,
     ) -> None:  # fmt: skip
-        if len(inputs) < (1 if plan.sampler.guidance is None else 2):
-            raise ValueError(f"guidance {plan.sampler.guidance} does not go with {len(inputs)} branches of inputs")
+        first = plans[0].sampler
+        if len(inputs) < (1 if first.guidance is None else 2):
+            raise ValueError(f"guidance {first.guidance} does not go with {len(inputs)} branches of inputs")
+        if len({(p.sampler.guidance, p.sampler.storage) for p in plans}) > 1:
+            raise ValueError("worlds of one batch need one guidance scale and one storage precision")
         self.model, self.inputs, self.attend, self.fresh = model, tuple(inputs), attend, fresh
-        self.plan, self.solver = plan, make_solver(plan.sampler)
-        self.x = model.clamp(noise.to(plan.sampler.storage), self.inputs[0])
-        self._whole = self._context = context
-        self._known: list[tuple[float, Tensor]] = []  # levels and velocities evaluated last, at most two
-        self._velocity: Tensor | None = None  # of the step under way, evaluated but not taken
-        self._clean: list[Tensor] = []  # predicted by the first evaluations, for `change`
-        self._step, self._count = 0, 0
-        self._watch, self._done = Stopwatch(self.x.device), list[Evaluation]()
+        self.x = model.clamp(noise.to(first.storage), self.inputs[0])
+        self._guidance, self._storage, self._context = first.guidance, first.storage, context
+        self._part: tuple[list[int], tuple[Inputs, ...], Context] = (list(range(len(plans))), self.inputs, context)
+        groups = _by_plan(list(enumerate(plans)))
+        self._check_parts(len(groups))
+        self._tracks = [_Track(rows, plan, make_solver(plan.sampler)) for rows, plan in groups]
+        self._watch, self._stretches = Stopwatch(self.x.device), 0
+
+    @property
+    def looking(self) -> list[int]:
+        """Worlds whose plan has a look, in the order of `change`."""
+        return [row for t in self._tracks if t.plan.look is not None for row in t.rows]
 
     def run(self) -> Tensor:
         """Take all steps that are left; clean latents [B, T, ...]."""
         self._watch.begin()
-        while self._step < self.plan.sampler.steps:
-            self._evaluate()
-            self._take()
+        while tracks := [t for t in self._tracks if t.left]:
+            self._evaluate(tracks)
+            self._take(tracks)
         return self.x
 
     def change(self) -> Tensor:
-        """Evaluate up to the plan's `look`; how much its prediction differs from the one before, [B] on the device.
+        """Evaluate up to the plans' `look`; how much predictions differ from the ones before: [worlds of `looking`].
 
         Root mean square of the difference of the predicted clean latents, relative to the prediction's.
         """
-        look = self.plan.look
-        if look is None or look < 1:
-            raise ValueError(f"only a plan that looks after step 1 or later can be refined, this one has look={look}")
-        while self._step < look:
-            self._evaluate()
-            self._take()
-        self._evaluate()
-        before, after = self._clean[-2:]
-        gap, size = (t.square().flatten(1).mean(1).sqrt() for t in (after - before, after))
-        return gap / size.clamp_min(1e-8)
+        looking = [t for t in self._tracks if t.plan.look is not None]
+        if not looking or any((t.plan.look or 0) < 1 for t in looking):
+            looks = sorted({str(t.plan.look) for t in self._tracks})
+            raise ValueError(f"only plans that look after step 1 or later can be refined, got look={', '.join(looks)}")
+        while tracks := [t for t in self._tracks if t.left and (t.plan.look is None or t.step < t.plan.look)]:
+            if not any(t.plan.look is not None for t in tracks):
+                break
+            self._evaluate(tracks)
+            self._take(tracks)
+        self._evaluate([t for t in self._tracks if t.left])
+        changes = []
+        for t in looking:
+            before, after = t.clean[-2:]
+            gap, size = (c.square().flatten(1).mean(1).sqrt() for c in (after - before, after))
+            changes.append(gap / size.clamp_min(1e-8))
+        return changes[0] if len(changes) == 1 else torch.cat(changes)
 
-    def refined(self, plan: DenoisePlan, rows: Sequence[int] | None = None) -> Denoising:
-        """These worlds of the batch (None: all) gone on with another plan, whose levels so far must be the same."""
-        at = self._step + 1
-        if plan.sampler.sigmas[:at] != self.plan.sampler.sigmas[:at]:
-            raise ValueError("a plan can be refined only below the levels that were evaluated")
-        other = object.__new__(Denoising)
-        other.__dict__ = dict(self.__dict__)
-        other._done, other._watch = list(self._done), self._watch.fork()
-        other.plan, other.solver = replace(plan, look=None), self.solver.refined(plan.sampler.sigmas, rows)
-        if rows is not None and list(rows) != list(range(len(self.x))):
-            if not isinstance(self.model, Narrows):
-                raise ValueError(f"{self.model.name!r} cannot go on with some worlds of a batch")
-            index = torch.tensor(rows, device=self.x.device)
-            narrowed = [self.model.narrow(one, self._context, rows) for one in self.inputs]
-            other.inputs, other._context = tuple(n[0] for n in narrowed), narrowed[0][1]
-            other._whole = self.model.narrow(self.inputs[0], self._whole, rows)[1]
-            other.x, other._velocity = self.x[index], None if self._velocity is None else self._velocity[index]
-            other._known = [(sigma, v[index]) for sigma, v in self._known]
-            fresh = self.fresh
-            other.fresh = lambda i: fresh(i)[index]
-        return other
+    def refine(self, plans: Mapping[int, DenoisePlan]) -> None:
+        """These worlds go on with other plans, whose levels so far must be the same."""
+        tracks = list[_Track]()
+        for t in self._tracks:
+            going = [(row, plans[row]) for row in t.rows if row in plans]
+            staying = [row for row in t.rows if row not in plans]
+            parts = _by_plan(going) + ([(staying, t.plan)] if staying else [])
+            for rows, plan in parts:
+                whole = rows == t.rows
+                self._check_parts(1 if whole else 2)
+                if whole and plan is t.plan:
+                    tracks.append(t)
+                    continue
+                context = t.context
+                if context is not None and not whole and isinstance(self.model, Narrows):
+                    places = [t.rows.index(r) for r in rows]
+                    context = self.model.narrow(self._narrowed(t.rows)[0][0], context, places)[1]
+                tracks.append(t.split(plan, rows, context))
+        self._tracks = tracks
 
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """What was evaluated so far; waits for a GPU to have done it."""
-        return tuple(replace(e, seconds=t) for e, t in zip(self._done, self._watch.seconds(), strict=True))
+    def evaluations(self) -> list[tuple[Evaluation, ...]]:
+        """What was evaluated so far for each world; waits for a GPU to have done it."""
+        seconds, out = self._watch.seconds(), dict[int, tuple[Evaluation, ...]]()
+        for t in self._tracks:
+            out |= dict.fromkeys(t.rows, tuple(replace(e, seconds=seconds[at]) for e, at in t.done))
+        return [out[row] for row in sorted(out)]
 
-    def _evaluate(self) -> None:
-        """The velocity of the step under way: evaluated, or what the plan's rule makes of the last ones."""
-        if self._velocity is not None:
-            return
-        plan, i = self.plan, self._step
-        spec = plan.sampler
-        sigma = spec.sigmas[i]
-        computed = i == 0 or plan.computed is None or i in plan.computed
-        attended = computed
-        if computed:
-            velocity, attended = self._computed(sigma)
-            # a value that stands in for an evaluation never enters here
-            self._known = [*self._known[-1:], (sigma, velocity)]
-            if plan.look is not None and i <= plan.look:
-                self._clean.append(self.x.float() - sigma * velocity)
-        else:
-            velocity = _stand_in(self._known, sigma, plan.rule)
-        self._velocity = velocity
+    def _check_parts(self, parts: int) -> None:
+        if parts > 1 and not isinstance(self.model, Narrows):
+            raise ValueError(f"{self.model.name!r} cannot go on with some worlds of a batch")
+
+    def _evaluate(self, tracks: Sequence[_Track]) -> None:
+        """Velocities of the steps under way: evaluated, or what the plan's rule makes of the last ones."""
+        tracks = [t for t in tracks if t.velocity is None]
+        joined = [t for t in tracks if t.computes and not self._keeps_attention(t)]
+        if joined:
+            rows = sorted(row for t in joined for row in t.rows)
+            inputs, context = self._narrowed(rows)
+            sigmas = {row: t.sigma for t in joined for row in t.rows}
+            velocity, _ = self._velocity(self._rows(rows), [sigmas[r] for r in rows], inputs, context)
+            for t in joined:
+                places = None if t.rows == rows else [rows.index(r) for r in t.rows]
+                self._note(t, _of(velocity, places), True)
+        for t in tracks:
+            if not t.computes:
+                t.velocity = _stand_in(t.known, t.sigma, t.plan.rule)
+                t.done.append((Evaluation(t.sigma, False, 0.0, False), self._stretches))
+            elif t not in joined:
+                self._note(t, *self._reusing(t))
         self._watch.mark()
-        self._done.append(Evaluation(sigma, computed, 0.0, attended))
+        self._stretches += 1
 
-    def _computed(self, sigma: float) -> tuple[Tensor, bool]:
-        model, plan = self.model, self.plan
-        every = plan.refresh if isinstance(model, ReusesAttention) and plan.sampler.guidance is None else None
-        anew = every is None or self._count % every == 0
+    def _note(self, t: _Track, velocity: Tensor, attended: bool) -> None:
+        t.velocity = velocity
+        # a value that stands in for an evaluation never enters here
+        t.known = [*t.known[-1:], (t.sigma, velocity)]
+        if t.plan.look is not None and t.step <= t.plan.look:
+            t.clean.append(self._rows(t.rows).float() - t.sigma * velocity)
+        t.done.append((Evaluation(t.sigma, True, 0.0, attended), self._stretches))
+        t.count += 1
+
+    def _keeps_attention(self, t: _Track) -> bool:
+        every = t.plan.refresh
+        return every is not None and every > 1 and isinstance(self.model, ReusesAttention) and self._guidance is None
+
+    def _reusing(self, t: _Track) -> tuple[Tensor, bool]:
+        """The velocity of a track that keeps its attention to the context, and whether that was computed anew."""
+        model = self.model
+        if t.plan.refresh is None or not isinstance(model, ReusesAttention):
+            raise ValueError("this plan keeps no attention")
+        inputs, whole = self._narrowed(t.rows)
+        anew = t.context is None or t.count % t.plan.refresh == 0
+        context = model.apart(whole) if anew or t.context is None else t.context
+        velocity, captured = self._velocity(self._rows(t.rows), [t.sigma] * len(t.rows), inputs, context)
         if anew:
-            self._context = self._whole
-            if every is not None and every > 1 and isinstance(model, ReusesAttention):
-                self._context = model.apart(self._whole)
-        velocity, captured = model.velocity(self.x, sigma, self.inputs[0], self._context, self.attend)
-        if plan.sampler.guidance is not None:
-            # classifier-free guidance (Ho & Salimans, 2022): unconditional + scale (conditional - unconditional)
-            other, _ = model.velocity(self.x, sigma, self.inputs[1], self._context, self.attend)
-            velocity = other + plan.sampler.guidance * (velocity - other)
-        if anew and every is not None and every > 1 and isinstance(model, ReusesAttention):
-            self._context = model.reuse(self._whole, captured)
-        self._count += 1
-        return velocity.to(torch.float32), anew
+            t.context = model.reuse(whole, captured)
+        return velocity, anew
 
-    def _take(self) -> None:
-        if self._velocity is None:
-            raise ValueError("a step is taken with a velocity")
-        moved = self.solver.step(self._step, self.x.float(), self._velocity, self.fresh)
-        self.x = self.model.clamp(moved.to(self.plan.sampler.storage), self.inputs[0])
-        self._velocity, self._step = None, self._step + 1
+    def _velocity(
+        self, x: Tensor, sigmas: Sequence[float], inputs: Sequence[Inputs], context: Context
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        sigma: Any = sigmas[0]
+        if len(set(sigmas)) > 1:  # a model that parts worlds takes a level for each
+            sigma = torch.tensor(sigmas, device=x.device)
+        velocity, captured = self.model.velocity(x, sigma, inputs[0], context, self.attend)
+        if self._guidance is not None:
+            # classifier-free guidance (Ho & Salimans, 2022): unconditional + scale (conditional - unconditional)
+            other, _ = self.model.velocity(x, sigma, inputs[1], context, self.attend)
+            velocity = other + self._guidance * (velocity - other)
+        return velocity.to(torch.float32), captured
+
+    def _fresh_of(self, rows: Sequence[int], i: int) -> Tensor:
+        return _of(self.fresh(i), rows)
+
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        return _of(self.x, None if len(rows) == len(self.x) else rows)
+
+    def _narrowed(self, rows: Sequence[int]) -> tuple[tuple[Inputs, ...], Context]:
+        """Inputs and context of some worlds, in order; the last ones asked for are at hand."""
+        if len(rows) == len(self.x):
+            return self.inputs, self._context
+        if list(rows) != self._part[0]:
+            self._check_parts(2)
+            if isinstance(self.model, Narrows):
+                parts = [self.model.narrow(one, self._context, rows) for one in self.inputs]
+                self._part = list(rows), tuple(p[0] for p in parts), parts[0][1]
+        return self._part[1:]
+
+    def _take(self, tracks: Sequence[_Track]) -> None:
+        x = self.x
+        for t in tracks:
+            if t.velocity is None:
+                raise ValueError("a step is taken with a velocity")
+            whole = len(t.rows) == len(x)
+            noise = self.fresh if whole else partial(self._fresh_of, t.rows)
+            moved = t.solver.step(t.step, self._rows(t.rows).float(), t.velocity, noise).to(self._storage)
+            x = moved if whole else x.index_copy(0, torch.tensor(t.rows, device=x.device), moved)
+            t.velocity, t.step = None, t.step + 1
+        self.x = self.model.clamp(x, self.inputs[0])
+
+
+def _by_plan(plans: Sequence[tuple[int, DenoisePlan]]) -> list[tuple[list[int], DenoisePlan]]:
+    """Worlds with equal plans together; why a plan was made does not count."""
+    groups: dict[DenoisePlan, tuple[list[int], DenoisePlan]] = {}
+    for row, plan in plans:
+        groups.setdefault(replace(plan, reason=""), ([], plan))[0].append(row)
+    return list(groups.values())
 
 
 def _stand_in(known: Sequence[tuple[float, Tensor]], sigma: float, rule: Rule) -> Tensor:
@@ -184,5 +312,5 @@ def denoise(
     fresh: Noise,
 ) -> tuple[Tensor, tuple[Evaluation, ...]]:
     """Turn noise [B, T, ...] into clean latents, and say what was evaluated. The plan is taken as it is."""
-    run = Denoising(model, noise, inputs, context, plan, attend, fresh)
-    return run.run(), run.evaluations()
+    run = Denoising(model, noise, inputs, context, [plan] * len(noise), attend, fresh)
+    return run.run(), run.evaluations()[0]

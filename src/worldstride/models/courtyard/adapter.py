@@ -16,7 +16,7 @@ from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError
 from worldstride.models.courtyard import cost
 from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_levels
-from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn
+from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn, turn_in_place
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
 
@@ -129,12 +129,10 @@ class CourtyardModel:
         """Context of frames whose keys and values [B, depth, 2, heads, tokens, head_dim] were kept."""
         if not kept:
             return CourtyardContext((), 0)
-        every = torch.stack(list(kept), 1)  # [B, N, depth, 2, heads, n, e]
-        keys = turn(self.config, every[:, :, :, 0], positions.to(self.device), kinds.to(self.device))
-        parts = (
-            t.permute(2, 0, 3, 1, 4, 5).flatten(3, 4) for t in (keys, every[:, :, :, 1])
-        )  # [depth, B, heads, N n, e]
-        return CourtyardContext(tuple(zip(*(part.unbind() for part in parts), strict=True)), len(kept))
+        every = torch.stack(list(kept), 4)  # [B, depth, 2, heads, N, n, e]
+        turn_in_place(self.config, every[:, :, 0], positions.to(self.device), kinds.to(self.device), 3)
+        pairs = every.flatten(4, 5).unbind(1)
+        return CourtyardContext(tuple((pair[:, 0], pair[:, 1]) for pair in pairs), len(kept))
 
     def _written(
         self, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor, past: CourtyardContext | None,
@@ -152,12 +150,15 @@ class CourtyardModel:
         return self.network.context(clean, where, level, attend, spans, seen)
 
     def velocity(
-        self, x: Tensor, sigma: float, inputs: CourtyardInputs, context: Context, attend: Attend
+        self, x: Tensor, sigma: float | Tensor, inputs: CourtyardInputs, context: Context, attend: Attend
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """(x - predicted clean) / sigma; the prediction itself is captured as "clean"."""
+        """(x - predicted clean) / sigma; the prediction itself is captured as "clean". sigma is a number or [B]."""
         held = _own(context)
         past = held.keys_values or (None,) * self.config.depth
-        level = torch.full((len(x),), sigma, device=self.device)
+        if isinstance(sigma, Tensor):
+            level, sigma = sigma, sigma.view(-1, 1, 1, 1)
+        else:
+            level = torch.full((len(x),), sigma, device=self.device)
         outer = list[Partial]() if held.apart and held.keys_values else None
         clean = self.network.denoise(x.to(self.dtype), inputs.geometry, level, past, attend, outer).to(torch.float32)
         return (x - clean) / sigma, {"clean": clean, "outer": outer}

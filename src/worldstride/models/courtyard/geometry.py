@@ -124,14 +124,35 @@ def turn(config: CourtyardConfig, keys: Tensor, ranks: Tensor, kinds: Tensor, ba
 
     Only the temporal channels turn, since everything else that a key holds is in the world frame.
     """
-    time = _time_angles(ranks[None], kinds[None], 1)[0, :, 0] * (-1 if back else 1)  # [F, 4]
-    count, rotary = time.shape[-1], config.head_dim - projective_channels(config)
-    first, second = config.head_dim - rotary // 2 - count, config.head_dim - count
-    shape = (1, len(time), *(1,) * (keys.ndim - 3), count)
-    cos, sin = (t.to(keys.dtype).view(shape) for t in (time.cos(), time.sin()))
+    first, second, count = _temporal(config)
+    cos, sin = _turning(keys, ranks, kinds, 1, -1 if back else 1)
     pair = torch.cat([keys[..., first : first + count], keys[..., second:]], -1)
     one, two = rope.rotate(pair, cos, sin).chunk(2, -1)
     return torch.cat([keys[..., :first], one, keys[..., first + count : second], two], -1)
+
+
+def turn_in_place(config: CourtyardConfig, keys: Tensor, ranks: Tensor, kinds: Tensor, dim: int) -> None:
+    """The same on keys [..., F, ..., head_dim] whose frames lie along `dim`, without moving what stays as it is."""
+    first, second, count = _temporal(config)
+    cos, sin = _turning(keys, ranks, kinds, dim, 1)
+    a, b = keys[..., first : first + count], keys[..., second:]
+    pair = rope.rotate(torch.cat([a, b], -1), cos, sin)
+    a.copy_(pair[..., :count])
+    b.copy_(pair[..., count:])
+
+
+def _temporal(config: CourtyardConfig) -> tuple[int, int, int]:
+    """Where the two halves of the temporal pairs begin in a key, and how many pairs there are."""
+    count, rotary = len(RANK_FREQUENCIES) + 1, config.head_dim - projective_channels(config)
+    return config.head_dim - rotary // 2 - count, config.head_dim - count, count
+
+
+def _turning(keys: Tensor, ranks: Tensor, kinds: Tensor, dim: int, sign: int) -> tuple[Tensor, Tensor]:
+    time = _time_angles(ranks[None], kinds[None], 1)[0, :, 0] * sign  # [F, 4]
+    shape = [1] * keys.ndim
+    shape[dim], shape[-1] = time.shape
+    cos, sin = (t.to(keys.dtype).view(shape) for t in (time.cos(), time.sin()))
+    return cos, sin
 
 
 def _own_features(cameras: Tensor, direction: Tensor) -> Tensor:

@@ -211,12 +211,14 @@ class CourtyardNetwork(nn.Module):
             groups = frames // size
             where = geometry.part(first, frames, size)
             pairs = self._written(some, where, sigma.repeat_interleave(groups), attend, past)
-            # [B groups, heads, size n, e] -> [B, heads, frames n, e]
-            parts.append([tuple(t.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3) for t in p) for p in pairs])
+            parts.append([(_ungrouped(k, groups), _ungrouped(v, groups)) for k, v in pairs])
             first += frames
         if len(parts) == 1:
             return parts[0]
-        return [tuple(torch.cat(t, 2) for t in zip(*pairs, strict=True)) for pairs in zip(*parts, strict=True)]
+        return [
+            (torch.cat([k for k, _ in pairs], 2), torch.cat([v for _, v in pairs], 2))
+            for pairs in zip(*parts, strict=True)
+        ]
 
     def _written(
         self, clean: Tensor, geometry: Geometry, sigma: Tensor, attend: Attend, past: Sequence[KeysValues | None] | None
@@ -274,6 +276,11 @@ class CourtyardNetwork(nn.Module):
     def tables(g: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Where tokens are, as blocks take it."""
         return g.cos.to(dtype), g.sin.to(dtype), g.project, g.unproject
+
+
+def _ungrouped(x: Tensor, groups: int) -> Tensor:
+    """[B groups, heads, N, e] -> [B, heads, groups N, e]"""
+    return x.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3)
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
