@@ -61,6 +61,9 @@ def test_the_worst_class_counts():
     assert math.isnan(seen("a", 2, math.nan, math.nan, math.nan).worst)
     assert seen("a", 2, ends={"all": 9.0, "moving": 9.0, "novel": 1.0}).worst == 1
     assert math.isnan(seen("a", 2, ends={}).worst)
+    lonely = seen("a", 2, 1.0, 2.0, 3.0)
+    lonely.quality["loss"]["novel"]["high"] = math.nan  # in one world alone, where it lost something
+    assert math.isnan(lonely.worst)
     assert {*COUNTED} < {*CLASSES}
 
 
@@ -242,7 +245,7 @@ def test_an_interrupt_ends_the_search_with_what_was_seen(
         if len(told) == after:
             raise KeyboardInterrupt
 
-    found = calibrate(tiny_engine, small[:1], 1, 1000.0, advance=advance)
+    found = calibrate(tiny_engine, small, 1, 1000.0, advance=advance)
     assert found.seen == tuple(told)
     assert len(told) == after
     assert (found.chosen is None) == (after == 1)
@@ -271,7 +274,7 @@ def test_a_search_needs_two_trials(tiny_engine: Engine, trials: int):
         calibrate(tiny_engine, (), 1, 2.0, trials=trials)
 
 
-ARGUMENTS = ["--weights", "random", "--family", "plain", "--worlds", "1", "--chunks", "2"]
+ARGUMENTS = ["--weights", "random", "--family", "plain", "--worlds", "2", "--chunks", "2"]
 
 
 @pytest.fixture
@@ -307,12 +310,12 @@ def test_a_budget_that_is_met_gives_a_preset(
     assert len(result["rows"]) == 3
     assert result["format"] == "worldstride-calibrate"
     assert (result["budget"], result["chunks"], result["mode"], result["family"]) == (1000, 2, "forced", "plain")
-    assert result["worlds"] == [1_010_000]
+    assert result["worlds"] == [1_010_000, 1_010_001]
     assert "nothing about quality" in result["note"]
     assert {"versions", "hardware", "date", "engine", "seconds", "walks", "command"} <= result.keys()
     comment = [line for line in out.read_text().splitlines() if line.startswith("# ")]
     assert comment[0].startswith(f"# {chosen['name']}: {chosen['speedup']['core']:.2f}x the speed of full compute")
-    assert "budget 1000 %, 1 plain worlds x 2 chunks, forced" in comment[1]
+    assert "budget 1000 %, 2 plain worlds x 2 chunks, forced" in comment[1]
     assert circles(tmp_path / "mine.svg") == 3
     printed = capsys.readouterr().out
     assert f"preset: {out} ({chosen['name']})" in printed
@@ -398,8 +401,8 @@ def test_wrong_options_are_refused_before_any_work(
     ("arguments", "message"),
     [
         (["--trials", "1"], "at least 2 trials, full compute and one more, got 1"),
-        (["--worlds", "0"], "at least one world, chunk and walk, got 0, 2, 1"),
-        (["--chunks", "0"], "at least one world, chunk and walk, got 1, 0, 1"),
+        (["--worlds", "1"], "at least 2 worlds to tell a loss from chance, got 1"),
+        (["--chunks", "0"], "at least one world, chunk and walk, got 2, 0, 1"),
     ],
 )
 def test_wrong_numbers_are_refused(

@@ -101,6 +101,8 @@ def test_limit_bounds_a_batch_and_order_stays(tiny_engine: Engine):
     assert all(levels_apart(one, s.step(FORWARD)) <= 1 for one, s in zip(made, alone, strict=True))
     assert batches(step_together(sessions)) == [5] * 5
     assert step_together([]) == []
+    with pytest.raises(InputError, match="limit must be an integer of at least 1, got 0"):
+        step_together(sessions, limit=0)
 
 
 def test_a_batch_of_one_is_a_step(tiny_engine: Engine):

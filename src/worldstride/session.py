@@ -20,7 +20,7 @@ from worldstride.context.similarity import View
 from worldstride.control import Action, actions_per_frame
 from worldstride.denoising.policy import plan_denoising
 from worldstride.denoising.stopwatch import Stopwatch
-from worldstride.errors import InputError
+from worldstride.errors import InputError, integer_from
 from worldstride.navigation import Navigator
 from worldstride.protocol import ChunkShape, KeepsLatents
 from worldstride.report import ChunkReport
@@ -186,12 +186,15 @@ class Session:
     def correct(self, frames: np.ndarray | Tensor) -> None:
         """Replace what the last chunk showed by frames uint8 [F, H, W, 3] that should have been seen there.
 
-        The world goes on from them: a robot's own camera, or the truth that a model is measured against. Raises
-        `InputError` where there is no last chunk or the frames do not fit it.
+        The world goes on from them: a robot's own camera, or the truth that a model is measured against. What is
+        remembered changes; a streaming decoder's state and the measured change of the scene stay as the chunk made
+        them. Raises `InputError` where there is no last chunk or the frames do not fit it.
         """
         state, model = self._state, self.engine.model
         if not state.chunk:
             raise InputError("there is no chunk to correct yet; step first")
+        if not isinstance(frames, (np.ndarray, Tensor)):
+            raise InputError(f"frames must be an array or tensor uint8 [F, H, W, 3], got {type(frames).__name__}")
         shape = model.chunk(state.chunk - 1)
         pictures = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
         if len(pictures) != shape.frames:
@@ -279,6 +282,8 @@ def step_together(
     """
     if len(set(map(id, sessions))) != len(sessions):
         raise InputError("step_together needs different sessions; fork a session to step it twice")
+    if limit is not None:
+        integer_from("limit", limit, 1)
     count = len(sessions)
     every = [[None] * count if given is None else list(given) for given in (actions, cameras, noise, recall)]
     if any(len(given) != count for given in every):

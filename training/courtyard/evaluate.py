@@ -155,10 +155,12 @@ class Evaluation:
         return held
 
     def more_schedules(self, held: HeldOut, family: str) -> None:
-        """Shifts and numbers of steps, and fewer memory or window frames, teacher-forced."""
-        for steps, shifts in {1: (1,), 2: (1, 2, 5, 8), 4: (1, 2, 4, 6, 8), 8: (1, 2, 3, 4, 6)}.items():
-            for shift in shifts:
-                self._short(f"{family}/schedule/{steps} steps shift {shift}", held, steps=steps, shift=float(shift))
+        """Shifts, numbers of steps and solvers, and fewer memory or window frames, teacher-forced."""
+        for solver, tried in SCHEDULES.items():
+            for steps, shifts in tried.items():
+                for shift in shifts:
+                    name = f"{family}/schedule/{'' if solver == 'euler' else solver + ' '}{steps} steps shift {shift}"
+                    self._short(name, held, steps=steps, shift=float(shift), solver=solver)
         for memory, window in ((4, 8), (2, 8), (1, 8), (8, 4), (8, 2), (4, 4)):
             self._short(f"{family}/context/memory {memory} window {window}", held, count=memory, window=window)
 
@@ -281,6 +283,14 @@ class Evaluation:
         self.s.out.mkdir(parents=True, exist_ok=True)
         write_json(self.s.out / f"evaluation-{self.s.part}.json", facts)
 
+
+SCHEDULES: dict[str, dict[int, tuple[float, ...]]] = {
+    "euler": {
+        1: (1,), 2: (1, 2, 5, 8), 3: (1, 2, 4.5), 4: (1, 2, 4, 6, 8), 5: (1, 2, 3.7), 6: (2, 3.5), 8: (1, 2, 3, 4, 6),
+    },
+    "unipc": {2: (1, 2, 3), 3: (1, 1.5, 2, 3), 4: (1, 1.5, 2, 3), 5: (1.5, 2, 3)},
+}  # fmt: skip
+"""Shifts that are tried, by solver and number of steps."""
 
 PARTS: dict[str, Callable[[Evaluation], object]] = {
     "courtyard-loop": lambda e: e.closed_loop("courtyard"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -68,7 +68,7 @@ def sample(family: str, count: int, config: CourtyardConfig, device: torch.devic
 @torch.no_grad()
 def predict(
     model: CourtyardModel, context: Tensor, context_cameras: Tensor, kind: ContextKind, cameras: Tensor, seed: int,
-    steps: int, shift: float | None = None, at_once: int = 64,
+    steps: int, shift: float | None = None, solver: Literal["euler", "unipc"] = "euler", at_once: int = 64,
 ) -> Tensor:  # fmt: skip
     """One chunk a walk: context patches uint8 [N, F, n, values] -> new patches uint8 [N, C, n, values].
 
@@ -86,14 +86,14 @@ def predict(
         inputs = model.prepare(conditions)
         generator = torch.Generator(context.device).manual_seed(1000 * seed + i)
         noise = torch.randn(*lead, *model.latent_shape, generator=generator, device=context.device)
-        plan = DenoisePlan(model.sampler(steps, shift))
+        plan = DenoisePlan(replace(model.sampler(steps, shift), solver=solver))
         clean, _ = denoise(model, noise, inputs, written, plan, attend, _no_fresh_noise)
         out.append(to_levels(clean))
     return torch.cat(out)
 
 
 def _no_fresh_noise(step: int) -> Tensor:
-    raise RuntimeError(f"an Euler sampler asked for fresh noise at step {step}")
+    raise RuntimeError(f"a sampler asked for fresh noise at step {step}")
 
 
 def images(patches: Tensor, config: CourtyardConfig) -> Tensor:
@@ -179,7 +179,7 @@ class HeldOut:
 
     def run(
         self, model: CourtyardModel, how: Memory = "pose", steps: int = 8, seed: int = 1, shift: float | None = None,
-        count: int | None = None, window: int | None = None,
+        count: int | None = None, window: int | None = None, solver: Literal["euler", "unipc"] = "euler",
     ) -> Tensor:  # fmt: skip
         """Predicted images [N, C, 3, H, W] in [0, 1]."""
         window = self.config.window if window is None else window
@@ -188,4 +188,4 @@ class HeldOut:
         index = torch.cat([memory, recent], 1)
         kind = ContextKind(memory.shape[1], window)
         context, cameras = take(self.walks.patches, self.rows, index), take(self.walks.cameras, self.rows, index)
-        return images(predict(model, context, cameras, kind, self.cameras, seed, steps, shift), self.config)
+        return images(predict(model, context, cameras, kind, self.cameras, seed, steps, shift, solver), self.config)

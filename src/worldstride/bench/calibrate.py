@@ -44,9 +44,13 @@ class Seen:
 
     @property
     def worst(self) -> float:
-        """Upper end of the paired interval of the loss, in percent, of the class that loses most."""
-        losses = [self.quality["loss"][c]["high"] for c in COUNTED if c in self.quality["loss"]]
-        return max((v for v in losses if not math.isnan(v)), default=math.nan)
+        """Upper end of the paired interval of the loss, in percent, of the class that loses most.
+
+        NaN where a class occurs in too few worlds to tell.
+        """
+        losses = [self.quality["loss"][c] for c in COUNTED if c in self.quality["loss"]]
+        ends = [loss["high"] for loss in losses if not math.isnan(loss["mean"])]
+        return math.nan if any(map(math.isnan, ends)) else max(ends, default=math.nan)
 
     def to_json(self) -> dict[str, object]:
         """Plain values; the keys are those of a comparison's rows."""
@@ -193,28 +197,34 @@ def calibrate(
 
 
 class _Bench:
-    """Measures settings against full compute in the same worlds with the same noise."""
+    """Measures settings against full compute in the same worlds with the same noise.
+
+    Settings are measured minutes apart, and machines change their pace meanwhile. Full compute in one world keeps step
+    with all of them, and speeds are told against it.
+    """
 
     def __init__(self, engine: Engine, worlds: Sequence[HeldOutWorld], chunks: int, mode: Mode) -> None:
         self._engine, self._worlds, self._chunks = engine, worlds, chunks
         self._mode: Mode = mode
         self._noise, self._full = NoiseBank(), list[Table]()
-        self._seconds = 0.0
+        self._paces = 0.0
 
     def measure(self, settings: Acceleration) -> Seen:
         engine, worlds = self._engine, self._worlds
         limit = 1 if engine.device.type == "cpu" else None
         Party(engine, worlds[:1], Arm(settings), self._mode, SEEDS, limit, self._noise).step()  # pays for setting up
         party = Party(engine, worlds, Arm(settings), self._mode, SEEDS, limit, self._noise)
+        pacemaker = Party(engine, worlds[:1], Arm(Acceleration()), self._mode, SEEDS[:1], limit, self._noise)
         for _ in range(self._chunks):
             party.step()
+            pacemaker.step()
         frames, patch = party.frames, patch_of(engine)
         tables = [score(frames[:, i], None, w, patch, engine.device) for i, w in enumerate(worlds)]
-        speed = summary([r for session in party.reports for r in session])
-        core = speed["seconds"]["core"]
+        speed, pace = (summary([r for session in p.reports for r in session]) for p in (party, pacemaker))
+        paces = speed["seconds"]["core"] / max(pace["seconds"]["core"], 1e-12)
         if not self._full:
-            self._full, self._seconds = tables, core
-        return Seen(settings, summarise(tables, self._full), speed, self._seconds / max(core, 1e-12))
+            self._full, self._paces = tables, paces
+        return Seen(settings, summarise(tables, self._full), speed, self._paces / max(paces, 1e-12))
 
 
 def _named(settings: Acceleration) -> str:

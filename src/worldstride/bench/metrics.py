@@ -96,7 +96,7 @@ def mean(values: Tensor) -> float:
 
 
 def interval(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean; the first dimension of values [worlds, ...] is resampled."""
+    """95 % bootstrap interval of the mean, `widened`; the first dimension of values [worlds, ...] is resampled."""
     per_world = values.float().cpu().flatten(1).nanmean(1) if values.ndim > 1 else values.float().cpu()
     per_world = per_world[~per_world.isnan()]
     if not len(per_world):
@@ -105,4 +105,26 @@ def interval(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, f
     picks = torch.randint(len(per_world), (draws, len(per_world)), generator=generator)
     means = per_world[picks].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+    return widened(float(per_world.mean()), low, high, len(per_world))
+
+
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom."""
+_NORMAL = 1.960
+
+
+def widened(mean: float, low: float, high: float, count: int) -> tuple[float, float]:
+    """Bootstrap ends for `count` draws as wide as so few deserve; NaN for a single one, which tells no spread.
+
+    Resampling n values underestimates the spread of their mean by sqrt((n - 1) / n) and knows nothing of how uncertain
+    that spread is itself; both are made good as for Student's interval.
+    """
+    if count < 2:
+        return math.nan, math.nan
+    known = count - 1
+    quantile = _STUDENT[known - 1] if known <= len(_STUDENT) else _NORMAL + 2.5 / known
+    factor = quantile / _NORMAL * math.sqrt(count / known)
+    return mean - factor * (mean - low), mean + factor * (high - mean)

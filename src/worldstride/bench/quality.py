@@ -128,4 +128,5 @@ def _ratio(mine: Tensor, other: Tensor, change: Callable[[Tensor], Tensor], draw
     ratios = mine[picks].mean(1) / other[picks].mean(1).clamp_min(1e-9)
     ends = sorted(float(change(q)) for q in ratios.quantile(torch.tensor([0.025, 0.975])))
     whole = float(change(mine.mean() / other.mean().clamp_min(1e-9)))
-    return {"mean": whole, "low": ends[0], "high": ends[1]}
+    low, high = metrics.widened(whole, ends[0], ends[1], len(mine))
+    return {"mean": whole, "low": low, "high": high}

@@ -67,6 +67,8 @@ class Calibrate:
             raise InputError(f"--out must be a .toml file, got {self.out}")
         temporary_beside(self.out)  # refuses a missing folder before the work
         engine = self.engine.load(self.model)
+        if self.worlds < 2:
+            raise InputError(f"a calibration needs at least 2 worlds to tell a loss from chance, got {self.worlds}")
         begin = time.perf_counter()
         with tqdm(total=self.worlds, unit="world", desc="truth") as bar:
             worlds = held_out(engine, self.family, self.worlds, self.chunks, self.walks, self.seed, bar.update)
