@@ -17,7 +17,7 @@ from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.courtyard import cost
 from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_levels
-from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn, turn_in_place
+from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn_in_place
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
 
@@ -128,10 +128,14 @@ class CourtyardModel:
     ) -> Tensor:
         """Keys and values [B, N, depth, 2, heads, tokens, head_dim] of frames that see each other and `past`."""
         written = self._written(latents, cameras, positions, kinds, None if past is None else _own(past), attend)
-        count, ranks, roles = latents.shape[1], positions.to(self.device), kinds.to(self.device)
-        keys, values = (torch.stack([pair[i] for pair in written], 1) for i in (0, 1))  # [B, depth, heads, N n, e]
-        keys, values = (t.unflatten(3, (count, -1)).movedim(3, 1) for t in (keys, values))  # [B, N, depth, heads, n, e]
-        return torch.stack([turn(self.config, keys, ranks, roles, back=True), values], 3)
+        lead, n, first = latents.shape[:2], self.config.tokens, written[0][0]
+        made = first.new_empty(*lead, len(written), 2, first.shape[1], n, first.shape[3])
+        for d, pair in enumerate(written):
+            for i, part in enumerate(pair):
+                made[:, :, d, i] = part.unflatten(2, (-1, n)).movedim(2, 1)  # [B, N, heads, n, e]
+        ranks, roles = positions.to(self.device), kinds.to(self.device)
+        turn_in_place(self.config, made[:, :, :, 0], ranks, roles, 1, back=True)
+        return made
 
     def join_context(self, kept: Sequence[Tensor], positions: Tensor, kinds: Tensor) -> CourtyardContext:
         """Context of frames whose keys and values [B, depth, 2, heads, tokens, head_dim] were kept."""

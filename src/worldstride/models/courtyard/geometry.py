@@ -131,10 +131,12 @@ def turn(config: CourtyardConfig, keys: Tensor, ranks: Tensor, kinds: Tensor, ba
     return torch.cat([keys[..., :first], one, keys[..., first + count : second], two], -1)
 
 
-def turn_in_place(config: CourtyardConfig, keys: Tensor, ranks: Tensor, kinds: Tensor, dim: int) -> None:
+def turn_in_place(
+    config: CourtyardConfig, keys: Tensor, ranks: Tensor, kinds: Tensor, dim: int, back: bool = False
+) -> None:
     """The same on keys [..., F, ..., head_dim] whose frames lie along `dim`, without moving what stays as it is."""
     first, second, count = _temporal(config)
-    cos, sin = _turning(keys, ranks, kinds, dim, 1)
+    cos, sin = _turning(keys, ranks, kinds, dim, -1 if back else 1)
     a, b = keys[..., first : first + count], keys[..., second:]
     pair = rope.rotate(torch.cat([a, b], -1), cos, sin)
     a.copy_(pair[..., :count])
