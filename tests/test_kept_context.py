@@ -14,7 +14,7 @@ import worldstride
 from conftest import TINY
 from joint_model import JointModel
 from walking import FORWARD, MOVES, TURN, first_frames, levels_apart, same
-from worldstride import Acceleration, Engine, Session
+from worldstride import Acceleration, Action, Engine, Session
 from worldstride.attention import attend
 from worldstride.camera import camera_from_pose
 from worldstride.context.history import History
@@ -236,6 +236,21 @@ def test_absent_is_what_nothing_is_kept_of():
     assert kept.absent(KeptContext(refresh=3), history, plan) == (1, 4)
     assert kept.absent(KeptContext(refresh=2), history, plan) == (0, 1, 2, 3, 4)
     assert kept.absent(KeptContext(False), history, plan) == (0, 1, 2, 3, 4)
+    for added, anew in ((None, False), (0.1, False), (0.2, True), (0.9, True)):
+        assert kept.absent(KeptContext(anew=0.2), history, plan, added) == ((0, 1, 2, 3, 4) if anew else (1, 4))
+
+
+def test_a_revisit_encodes_the_whole_context_anew(attentive: Engine):
+    """Away and back: full compute where memory adds to the window, kept keys elsewhere."""
+    session = keeping(attentive, KeptContext(anew=0.15))
+    turns = [Action(mouse=(200.0, 0.0))] * 4 + [Action(mouse=(-200.0, 0.0))] * 4
+    reports = [session.step(turn).report for turn in turns]
+    late = [r for r in reports if r.signals.pose is not None and r.signals.pose.added is not None]
+    revisits = [r.signals.pose.added >= 0.15 for r in late]
+    assert len(set(revisits)) == 2
+    for report, revisit in zip(late, revisits, strict=True):
+        assert report.encoded_latents == (report.context_latents if revisit else 4)
+        assert ("kept" in report.levers) is not revisit
 
 
 def test_latents_are_known_by_number_and_not_by_place():

@@ -78,7 +78,8 @@ class Acceleration:
     @property
     def looks(self) -> bool:
         """Whether some lever asks for scores from cameras."""
-        return self.spatial is not None or self.cache is not None or self.adaptive is not None
+        asks = self.kept is not None and self.kept.anew is not None
+        return asks or self.spatial is not None or self.cache is not None or self.adaptive is not None
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for reports and saves."""

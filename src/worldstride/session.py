@@ -149,7 +149,8 @@ class Session:
         )  # fmt: skip
         absent = None
         if settings.kept is not None and isinstance(model, KeepsLatents):
-            absent = state.kept.absent(settings.kept, state.history, context)
+            added = None if signals.pose is None else signals.pose.added
+            absent = state.kept.absent(settings.kept, state.history, context, added)
         clock.mark()
         control, select = clock.seconds()
         return Pending(

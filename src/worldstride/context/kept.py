@@ -17,7 +17,7 @@ from torch import Tensor
 from worldstride.attention import Attend
 from worldstride.context.history import History
 from worldstride.context.selection import ContextPlan
-from worldstride.errors import InputError, integer_from
+from worldstride.errors import InputError, integer_from, number_in
 from worldstride.protocol import KINDS, Context, KeepsLatents
 
 Sees = Literal["all", "before", "itself"]
@@ -36,6 +36,10 @@ class KeptContext:
     model loses depends on what it was trained with."""
     refresh: int | None = None
     """Chunks after which the whole context is encoded anew; None never does. Lower it where quality drifts."""
+    anew: float | None = None
+    """Least share of the coming views, in [0, 1], that memory adds to the window at which the whole context is encoded
+    anew: on a revisit old and new then see each other, while exploring nobody misses it. None never does; lower is
+    safer and slower."""
     limit: int = 256
     """Latents whose keys and values are kept, those used last; more cost memory, fewer cost encoding."""
 
@@ -43,6 +47,8 @@ class KeptContext:
         integer_from("acceleration.kept.limit", self.limit, 1)
         if self.refresh is not None:
             integer_from("acceleration.kept.refresh", self.refresh, 1)
+        if self.anew is not None:
+            number_in("acceleration.kept.anew", self.anew, 0, 1)
         if not isinstance(self.incremental, bool):
             raise InputError(f"acceleration.kept.incremental must be true or false, got {self.incremental!r}")
         if self.sees not in get_args(Sees):
@@ -65,11 +71,14 @@ class KeptLatents:
         """Bytes of all records."""
         return sum(t.numel() * t.element_size() for t in self.records.values())
 
-    def absent(self, settings: KeptContext, history: History, plan: ContextPlan) -> tuple[int, ...]:
-        """Which of the plan's rows (by place in `plan.rows`) have to be encoded."""
+    def absent(
+        self, settings: KeptContext, history: History, plan: ContextPlan, added: float | None = None
+    ) -> tuple[int, ...]:
+        """Which of the plan's rows (by place in `plan.rows`) have to be encoded; memory adds `added` to the window."""
         rows = plan.rows
-        stale = self.sees != settings.sees
-        if not settings.incremental or stale or (settings.refresh is not None and self.age >= settings.refresh):
+        stale = self.sees != settings.sees or (settings.refresh is not None and self.age >= settings.refresh)
+        revisit = settings.anew is not None and added is not None and added >= settings.anew
+        if not settings.incremental or stale or revisit:
             return tuple(range(len(rows)))
         return tuple(i for i, row in enumerate(rows) if history.entries[row].index not in self.records)
 
