@@ -176,11 +176,16 @@ def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_search_takes_the_fastest_notch_that_meets_the_budget(
-    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch, budget: float, speedup: float | None, name: str | None
+    tiny_engine: Engine,
+    small: tuple[HeldOutWorld, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    budget: float,
+    speedup: float | None,
+    name: str | None,
 ):
     believed(monkeypatch)
     told: list[Seen] = []
-    found = calibrate(tiny_engine, (), 1, budget, trials=100, advance=told.append)
+    found = calibrate(tiny_engine, small, 1, budget, trials=100, advance=told.append)
     assert found.seen == tuple(told)
     assert found.seen[0].settings == FULL
     assert len({replace(s.settings, name="off") for s in found.seen}) == len(found.seen) < 100  # nothing twice
@@ -194,24 +199,30 @@ def test_the_search_takes_the_fastest_notch_that_meets_the_budget(
         assert found.chosen.speedup == pytest.approx(speedup)
 
 
-def test_equal_settings_are_measured_once(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_equal_settings_are_measured_once(
+    tiny_engine: Engine, small: tuple[HeldOutWorld, ...], monkeypatch: pytest.MonkeyPatch
+):
     fewer = [lambda a, n=n: replace(a, steps=n) for n in (6, 6)]
     monkeypatch.setattr(search, "notches", lambda *_: {"steps": fewer, "the same": fewer})
     believed(monkeypatch)
-    assert [s.settings.steps for s in calibrate(tiny_engine, (), 1, 9.0).seen] == [None, 6]
+    assert [s.settings.steps for s in calibrate(tiny_engine, small, 1, 9.0).seen] == [None, 6]
 
 
-def test_a_notch_that_changes_nothing_does_not_end_its_lever(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_a_notch_that_changes_nothing_does_not_end_its_lever(
+    tiny_engine: Engine, small: tuple[HeldOutWorld, ...], monkeypatch: pytest.MonkeyPatch
+):
     fewer = [lambda a, n=n: replace(a, steps=n) for n in (6, 6, 4)]  # quantiles may well be equal
     monkeypatch.setattr(search, "notches", lambda *_: {"steps": fewer})
     believed(monkeypatch)
-    assert [s.settings.steps for s in calibrate(tiny_engine, (), 1, 9.0).seen] == [None, 6, 4]
+    assert [s.settings.steps for s in calibrate(tiny_engine, small, 1, 9.0).seen] == [None, 6, 4]
 
 
 @pytest.mark.parametrize("trials", [2, 3, 10])
-def test_trials_bound_the_search(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch, trials: int):
+def test_trials_bound_the_search(
+    tiny_engine: Engine, small: tuple[HeldOutWorld, ...], monkeypatch: pytest.MonkeyPatch, trials: int
+):
     believed(monkeypatch)
-    assert len(calibrate(tiny_engine, (), 1, 9.0, trials=trials).seen) == trials
+    assert len(calibrate(tiny_engine, small, 1, 9.0, trials=trials).seen) == trials
 
 
 def test_settings_are_measured_against_full_compute(tiny_engine: Engine, small: tuple[HeldOutWorld, ...]):
@@ -272,6 +283,20 @@ def test_budgets_are_numbers_above_zero(tiny_engine: Engine, budget: Any):
 def test_a_search_needs_two_trials(tiny_engine: Engine, trials: int):
     with pytest.raises(InputError, match=f"at least 2 trials, full compute and one more, got {trials}"):
         calibrate(tiny_engine, (), 1, 2.0, trials=trials)
+
+
+def test_a_search_needs_two_worlds_and_every_class_in_two_of_them(
+    tiny_engine: Engine, small: tuple[HeldOutWorld, ...], monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(InputError, match="at least 2 worlds to tell a loss from chance, got 1"):
+        calibrate(tiny_engine, small[:1], 1, 2.0)
+    with_class = [w.masks["novel"].flatten(1).any(1).any() for w in small]
+    assert all(with_class)
+    lonely = replace(small[1], masks={**small[1].masks, "novel": torch.zeros_like(small[1].masks["novel"])})
+    with pytest.raises(InputError, match="only one of the worlds has novel pixels"):
+        calibrate(tiny_engine, (small[0], lonely), 2, 2.0)
+    nowhere = tuple(replace(w, masks={**w.masks, "novel": lonely.masks["novel"]}) for w in small)
+    assert len(calibrate(tiny_engine, nowhere, 2, 2.0, trials=2).seen) == 2
 
 
 ARGUMENTS = ["--weights", "random", "--family", "plain", "--worlds", "2", "--chunks", "2"]
@@ -401,7 +426,7 @@ def test_wrong_options_are_refused_before_any_work(
     ("arguments", "message"),
     [
         (["--trials", "1"], "at least 2 trials, full compute and one more, got 1"),
-        (["--worlds", "1"], "at least 2 worlds to tell a loss from chance, got 1"),
+        (["--worlds", "1"], "--worlds must be an integer of at least 2, got 1"),
         (["--chunks", "0"], "at least one world, chunk and walk, got 2, 0, 1"),
     ],
 )

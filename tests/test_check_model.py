@@ -33,6 +33,25 @@ def test_the_joint_model_keeps_the_contract(storage: torch.dtype, guidance: floa
     check_model(JointModel(storage, guidance))
 
 
+class OneLevel(CourtyardModel):
+    """Takes the first world's noise level for all."""
+
+    def velocity(self, x, sigma, inputs, context, attend) -> Velocity:
+        level = float(sigma[0]) if isinstance(sigma, Tensor) else sigma
+        return super().velocity(x, level, inputs, context, attend)
+
+
+class NarrowsToTheFirst(CourtyardModel):
+    def narrow(self, inputs, context, rows) -> tuple[CourtyardInputs, CourtyardContext]:
+        return super().narrow(inputs, context, range(len(rows)))
+
+
+@pytest.mark.parametrize(("wrong", "text"), [(OneLevel, "a noise level for each world"), (NarrowsToTheFirst, "narrow")])
+def test_a_model_that_narrows_parts_worlds(tiny_config: CourtyardConfig, wrong: type[CourtyardModel], text: str):
+    with pytest.raises(ContractError, match=text):
+        check_model(wrong(random_network(tiny_config).eval(), torch.float32))
+
+
 def test_a_prompt_reaches_the_model():
     seen = []
 

@@ -40,7 +40,7 @@ from worldstride.models.courtyard.model import (
     patchify,
     unpatchify,
 )
-from worldstride.models.courtyard.weights import random_network, read_network
+from worldstride.models.courtyard.weights import fingerprint, random_network, read_network
 from worldstride.protocol import Conditions
 
 SMALL = CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=4)
@@ -330,14 +330,21 @@ def test_the_trainers_weights_load_as_they_were_saved(tmp_path: Path, monkeypatc
     saved = random_network(SMALL)
     path = tmp_path / "new" / "weights.safetensors"
     checkpoint.save_weights(path, saved, SMALL, {"step": 3})
-    loaded, fingerprint = read_network(path)
+    loaded, mark = read_network(path)
     assert loaded.config == SMALL
-    assert len(fingerprint) == 64
+    assert len(mark) == 64
     for name, value in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float())
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["training"]) == {"step": 3}
     sys.modules.pop("checkpoint")
+
+
+def test_a_fingerprint_outlives_settings_that_came_later():
+    """Saves name the weights that they were made with: these must stay those that they are."""
+    tensors = {"a": torch.arange(3.0)}
+    assert fingerprint(CourtyardConfig(), tensors).startswith("f48a69e07127")
+    assert fingerprint(CourtyardConfig(context="apart"), tensors) != fingerprint(CourtyardConfig(), tensors)
 
 
 def test_loading_leaves_the_callers_random_numbers_alone():

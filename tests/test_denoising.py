@@ -329,6 +329,19 @@ def test_worlds_of_a_batch_step_together_at_their_own_levels(solver: Any):
         assert mine == [round(e.sigma, 4) for e in evaluations[i] if e.computed]
 
 
+def test_every_world_is_noised_again_with_noise_of_its_own():
+    plans = [DenoisePlan(SamplerSpec(shifted_sigmas(steps), "renoise")) for steps in (3, 2, 3, 2)]
+
+    def latents(of: list[int]) -> Tensor:
+        run_ = parting(plans, of)[1]
+        run_.fresh = lambda i: normal(4, 2, 3, seed=10 + i)[of]
+        return run_.run()
+
+    together = latents([0, 1, 2, 3])
+    assert all(torch.allclose(together[i : i + 1], latents([i]), atol=1e-6) for i in range(4))
+    assert not torch.allclose(together[0], together[2])
+
+
 def test_only_those_that_look_are_refined_and_the_others_go_on():
     long, short = SamplerSpec(shifted_sigmas(6)), SamplerSpec(shifted_sigmas(3))
     plans = [DenoisePlan(short), DenoisePlan(long, look=1), DenoisePlan(long, look=1), DenoisePlan(long, look=1)]

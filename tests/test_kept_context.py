@@ -21,10 +21,11 @@ from worldstride.context.history import History
 from worldstride.context.kept import KeptContext, KeptLatents, Sees, encode_kept
 from worldstride.context.selection import ContextPlan
 from worldstride.engine import EngineSource
+from worldstride.errors import InputError
 from worldstride.levers import levers
 from worldstride.models.courtyard.adapter import CourtyardContext, CourtyardModel
 from worldstride.models.courtyard.config import CameraCode
-from worldstride.models.courtyard.geometry import RANK_FREQUENCIES, projective_channels, turn
+from worldstride.models.courtyard.geometry import RANK_FREQUENCIES, projective_channels, turn, turn_in_place
 from worldstride.models.courtyard.weights import random_network
 from worldstride.protocol import KeepsLatents
 
@@ -118,6 +119,29 @@ def test_ranks_and_kinds_turn_keys_and_nothing_else():
         there = model.join_context(records, ranks, kinds)
         assert apart(here, there, 0) > 0.1
         assert apart(here, there, 1) == 0
+
+
+def test_turning_in_place_is_turning():
+    keys, ranks, kinds = normal(2, 6, 3, TINY.head_dim), torch.arange(-6, 0), KINDS
+    for dim, back in ((1, False), (1, True)):
+        turned = keys.clone()
+        turn_in_place(TINY, turned, ranks, kinds, dim, back)
+        assert torch.allclose(turned, turn(TINY, keys, ranks, kinds, back), atol=1e-6)
+        assert not torch.allclose(turned, keys)
+
+
+def test_what_a_world_keeps_of_a_chunk_is_one_tensor_of_its_own(tiny_engine: Engine):
+    """No view of a batch's, which would keep that alive; and not one for each latent."""
+    sessions = [keeping(tiny_engine, KeptContext(), seed) for seed in (3, 5)]
+    for _ in range(2):
+        worldstride.step_together(sessions, actions=[FORWARD] * 2)
+    for session in sessions:
+        records = list(session._state.kept.records.values())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in records}
+        assert sum(storages.values()) == sum(t.nbytes for t in records)
+        assert len(storages) < len(records)
+    pointers = [{t.untyped_storage().data_ptr() for t in s._state.kept.records.values()} for s in sessions]
+    assert not pointers[0] & pointers[1]
 
 
 @CODES
@@ -251,6 +275,20 @@ def test_a_revisit_encodes_the_whole_context_anew(attentive: Engine):
     for report, revisit in zip(late, revisits, strict=True):
         assert report.encoded_latents == (report.context_latents if revisit else 4)
         assert ("kept" in report.levers) is not revisit
+
+
+def test_a_context_without_memory_is_no_revisit(attentive: Engine):
+    session = attentive.new(seed=3)
+    session.acceleration = Acceleration("no memory", memory=0, kept=KeptContext(anew=0.15))
+    turns = [Action(mouse=(200.0, 0.0))] * 4 + [Action(mouse=(-200.0, 0.0))] * 4
+    reports = [session.step(turn).report for turn in turns]
+    assert any(r.signals.pose is not None and (r.signals.pose.added or 0) >= 0.15 for r in reports)
+    assert all(r.encoded_latents == 4 for r in reports if r.context_latents > 4)
+
+
+def test_latents_that_see_only_themselves_are_never_encoded_anew():
+    with pytest.raises(InputError, match=r"kept\.anew changes nothing"):
+        KeptContext(sees="itself", anew=0.1)
 
 
 def test_latents_are_known_by_number_and_not_by_place():

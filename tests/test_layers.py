@@ -19,7 +19,7 @@ ROOT = Path(worldstride.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 PROJECT = Path(__file__).parents[1]
 
-PRIMITIVES = {"attention", "camera", "errors", "parallel", "precision", "rope"}
+PRIMITIVES = {"attention", "camera", "errors", "parallel", "precision", "rope", "rows"}
 POLICIES = PRIMITIVES | {"control", "noise", "protocol"}
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"errors"},
     "savefile": {"atomic", "errors"},
     "video": {"atomic", "errors"},
-    **dict.fromkeys(("attention", "camera", "parallel", "precision", "rope"), PRIMITIVES),
+    **dict.fromkeys(("attention", "camera", "parallel", "precision", "rope", "rows"), PRIMITIVES),
     "worlds": {"camera", "errors"},
     "trajectory": {"atomic", "camera", "control", "errors"},
     "navigation": {"camera", "control", "worlds"},

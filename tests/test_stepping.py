@@ -154,6 +154,19 @@ def test_a_chunks_share_of_a_batch_goes_by_its_evaluations(tiny_engine: Engine):
     assert all(one[stage] == other[stage] for stage in ("fetch", "context", "decode"))
 
 
+def test_a_world_reports_its_share_of_what_was_evaluated_together(tiny_engine: Engine):
+    a, b, c = worlds_of(tiny_engine, seeds=[3, 5, 7])
+    b.acceleration = Acceleration("reuses", cache=StepCache("known", 0.0, first=1, last=1))
+    c.acceleration = Acceleration("less", steps=2)
+    for session in (a, b, c):
+        session.step(FORWARD)
+    reports = [chunk.report for chunk in step_together([a, b, c], actions=[FORWARD] * 3)]
+    every = [e for report in reports for e in report.evaluations]
+    assert [len([e for e in r.evaluations if e.computed]) for r in reports] == [8, 2, 2]
+    assert all((e.seconds > 0) is e.computed for e in every)
+    assert sum(e.seconds for e in every) <= sum(r.seconds["denoise"] for r in reports) * (1 + 1e-9)
+
+
 def test_sessions_of_all_kinds_step_together(tiny_engine: Engine, guided: Engine):
     def all_kinds() -> list[Session]:
         few, plain, many = worlds_of(tiny_engine)
@@ -343,6 +356,9 @@ def test_a_model_that_cannot_narrow_gives_all_what_one_needs(guided: Engine, cha
             assert len(changes) == 4
     made = step_together(sessions, actions=[FORWARD] * 4)
     assert [c.report.steps for c in made] == [3] * 4
+    own = [f"change {change:.3f}" for change in changes[-4:]]
+    assert all(said in c.report.steps_reason for said, c in zip(own, made, strict=True))
+    assert len(set(own)) > 1
     sessions = joint_worlds(guided, seeds=seeds)
     for one, session in zip(made, sessions, strict=True):
         assert levels_apart(one, session.step(FORWARD)) <= 1

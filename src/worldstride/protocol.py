@@ -178,10 +178,13 @@ class ReusesAttention(Protocol):
 
 @runtime_checkable
 class Narrows(Protocol):
-    """A model that can go on with some worlds of a batch, each at its own noise level. No model needs to be one.
+    """A model that can go on with some worlds of a batch, each at its own noise level. No model needs to be one."""
 
-    Its `velocity` takes a tensor of noise levels [B], too.
-    """
+    def velocity(
+        self, x: Tensor, sigma: float | Tensor, inputs: Inputs, context: Context, attend: Attend
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """See `WorldModel.velocity`; noise levels may be a tensor [B], one a world."""
+        ...
 
     def narrow(self, inputs: Inputs, context: Context, rows: Sequence[int]) -> tuple[Inputs, Context]:
         """Inputs and context of some worlds of a batch."""

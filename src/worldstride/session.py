@@ -149,7 +149,7 @@ class Session:
         )  # fmt: skip
         absent = None
         if settings.kept is not None and isinstance(model, KeepsLatents):
-            added = None if signals.pose is None else signals.pose.added
+            added = signals.pose.added if signals.pose is not None and context.memory else None
             absent = state.kept.absent(settings.kept, state.history, context, added)
         clock.mark()
         control, select = clock.seconds()
@@ -276,7 +276,7 @@ def step_together(
     actions: Sequence[Action | Sequence[Action] | None] | None = None, noise: Sequence[Tensor] | None = None,
     recall: Sequence[Sequence[int] | None] | None = None, limit: int | None = None,
 ) -> list[Chunk]:  # fmt: skip
-    """The next chunk of several sessions: those whose plans are equal are made as one batch.
+    """The next chunk of several sessions: those whose plans fit are made as one batch.
 
     `cameras`, `actions`, `noise` and `recall` hold one entry a session, as for `Session.step`. `limit` bounds a batch.
     Bits may differ from stepping alone, since sums of a batch round otherwise. The sessions must be different ones.

@@ -1,9 +1,9 @@
-"""One step of one world or of several: plan each, carry out together what has the same plan, finish each."""
+"""One step of one world or of several: plan each, carry out together what fits together, finish each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -166,12 +166,13 @@ class _Batch:
         context, made = encode_kept(
             model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, attend
         )
-        fresh = dict(zip(first.absent, made, strict=True))
-        # a record of its own for each world: a view would keep the whole batch's alive
-        return context, [
-            tuple(fresh[i][b].clone() if i in fresh else _record(p, i) for i in every)
-            for b, p in enumerate(self.pending)
-        ]
+        records = list[tuple[Tensor, ...]]()
+        for b, p in enumerate(self.pending):
+            # one tensor for what a world keeps of a chunk: a view of the batch's would keep that alive, and memory for
+            # a tensor a latent takes a GPU long to get
+            fresh = dict(zip(first.absent, torch.stack([t[b] for t in made]) if made else (), strict=True))
+            records.append(tuple(fresh[i] if i in fresh else _record(p, i) for i in every))
+        return context, records
 
     def conditions(self) -> Conditions:
         """What the chunks are conditioned on."""
@@ -257,6 +258,12 @@ def _after_look(run: Denoising, group: Sequence[Pending]) -> list[DenoisePlan]:
     for i, change in zip(looking, changes, strict=True):
         plans[i] = shortened(plans[i], group[i].settings.adaptive, change)
     if not isinstance(run.model, Narrows):  # all go on as the one that needs most
-        plans = [max(plans, key=lambda p: p.sampler.steps)] * len(plans)
+        most = max(plans, key=lambda p: p.sampler.steps)
+        plans = [
+            p
+            if p.sampler == most.sampler
+            else replace(most, reason=f"change {change:.3f}, but others of the batch go on")
+            for p, change in zip(plans, changes, strict=True)
+        ]
     run.refine({i: plans[i] for i in looking})
     return plans

@@ -18,7 +18,7 @@ from worldstride.camera import camera_from_pose
 from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import ContractError, InputError
-from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, WorldModel
+from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, Narrows, WorldModel
 
 _STEPS = 2
 
@@ -82,6 +82,8 @@ def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
         "other cameras and actions gave the same latents: the chunk's conditions are ignored",
     )
     _check_context(model, case, other, first, context, inputs)
+    if isinstance(model, Narrows):
+        _check_parting(model, model, case, other)
     _check_given(model, case, inputs, first)
 
 
@@ -109,6 +111,41 @@ def _check_context(
         torch.equal(first, _denoise(model, case, inputs, again, case.noise)),
         "encoding the same context with `previous` given changed the chunk",
     )
+
+
+def _check_parting(model: WorldModel, parts: Narrows, case: _Case, other: _Case) -> None:
+    """Two worlds of a batch at noise levels of their own, and one of them alone, are what they are by themselves."""
+    levels, both = (0.9, 0.4), _joined(case, other)
+    context, inputs = _context(model, both), model.prepare(both.conditions)[0]
+    sigma = torch.tensor(levels, device=model.device)
+    together, _ = parts.velocity(both.noise, sigma, inputs, context, attend)
+    for i, (one, level) in enumerate(zip((case, other), levels, strict=True)):
+        alone, _ = model.velocity(one.noise, level, model.prepare(one.conditions)[0], _context(model, one), attend)
+        narrowed = model.velocity(one.noise, level, *parts.narrow(inputs, context, [i]), attend)[0]
+        bound = 0.05 * float(alone.float().abs().max())  # sums of a batch round otherwise
+        _check(
+            float((together[i : i + 1] - alone).abs().max()) <= bound,
+            "a model that narrows must take a noise level for each world of a batch: a world came out otherwise",
+        )
+        _check(float((narrowed - alone).abs().max()) <= bound, f"narrow to world {i} of a batch gave another world")
+
+
+def _joined(case: _Case, other: _Case) -> _Case:
+    """Both worlds as one batch."""
+
+    def pair(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b])
+
+    one, two = case.conditions, other.conditions
+    clean = None if one.clean is None or two.clean is None else pair(one.clean, two.clean)
+    conditions = replace(
+        one, cameras=pair(one.cameras, two.cameras), frame_cameras=pair(one.frame_cameras, two.frame_cameras),
+        clean=clean,
+    )  # fmt: skip
+    return replace(
+        case, latents=pair(case.latents, other.latents), cameras=pair(case.cameras, other.cameras),
+        conditions=conditions, noise=pair(case.noise, other.noise),
+    )  # fmt: skip
 
 
 def _check_given(model: WorldModel, case: _Case, inputs: tuple[object, ...], first: Tensor) -> None:

@@ -60,6 +60,8 @@ class Settings:
 def main() -> None:
     """Command line."""
     s = tyro.cli(Settings, description=__doc__)
+    if s.of == "context" and s.initial is None:
+        raise SystemExit("--of context compares what trained weights become: give --initial")
     script = Path(__file__).with_name("train.py")
     jobs: list[Job] = []
     folders: dict[str, Path] = {}

@@ -34,6 +34,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         c = self.config
+        if c.context != "together":
+            raise ValueError(f"sequences are for contexts that are encoded together, not {c.context!r}")
         if c.window % c.chunk or c.sink:
             raise ValueError(f"sequences need a window of whole chunks and no sink, got {c.window} and {c.sink}")
         if self.run <= c.window // c.chunk:

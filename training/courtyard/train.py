@@ -167,7 +167,9 @@ class Trainer:
             for each in self.pools.values():
                 each.own = each.patches.clone() if each.own is None else each.own
         keep = pool.own is not None and self.step % s.own_every == 0
-        encode, kept = self._encode(kind), self.layout is not None and float(choice[2]) < s.kept_share
+        # of the first 20 steps, which pay for compilation, some meet stretches however rare they are
+        share = max(s.kept_share, 0.25) if since % 4 == 3 and since < 20 else s.kept_share
+        encode, kept = self._encode(kind), self.layout is not None and float(choice[2]) < share
         if self.layout is not None and kept:
             picks = torch.randperm(len(self.layout.aims), generator=self.order)[: s.kept_targets].sort().values
             places = [self.layout.aims[i] for i in picks.tolist()]

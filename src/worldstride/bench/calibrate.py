@@ -156,6 +156,8 @@ def calibrate(
     number_in("budget", budget, 0, 1000, open_low=True)
     if trials < 2:
         raise InputError(f"a calibration needs at least 2 trials, full compute and one more, got {trials}")
+    if len(worlds) < 2:
+        raise InputError(f"a calibration needs at least 2 worlds to tell a loss from chance, got {len(worlds)}")
     bench = _Bench(engine, worlds, chunks, mode)
     seen = list[Seen]()
 
@@ -170,6 +172,7 @@ def calibrate(
     tried = {replace(current, name="off")}
     try:
         best = measure(current)
+        _check_classes(best)
         while len(seen) < trials:
             fine = list[tuple[Seen, str]]()
             for name, steps in levers.items():
@@ -196,6 +199,17 @@ def calibrate(
     return Calibration(tuple(seen), budget)
 
 
+def _check_classes(full: Seen) -> None:
+    """Every class must occur in two worlds at least, or no setting could show that it keeps the budget there."""
+    for name in COUNTED:
+        loss = full.quality["loss"].get(name, {"mean": math.nan, "high": math.nan})
+        if math.isnan(loss["high"]) and not math.isnan(loss["mean"]):
+            raise InputError(
+                f"only one of the worlds has {name} pixels, too few to tell a loss from chance; give more worlds, "
+                "longer walks or walks of another kind"
+            )
+
+
 class _Bench:
     """Measures settings against full compute in the same worlds with the same noise.
 
@@ -208,13 +222,24 @@ class _Bench:
         self._mode: Mode = mode
         self._noise, self._full = NoiseBank(), list[Table]()
         self._paces = 0.0
+        shape = engine.model.chunk(1)
+        self._growing = min(chunks, -(-(shape.sink + shape.memory + shape.window) // shape.new) + 1)
 
     def measure(self, settings: Acceleration) -> Seen:
         engine, worlds = self._engine, self._worlds
         limit = 1 if engine.device.type == "cpu" else None
-        Party(engine, worlds[:1], Arm(settings), self._mode, SEEDS, limit, self._noise).step()  # pays for setting up
-        party = Party(engine, worlds, Arm(settings), self._mode, SEEDS, limit, self._noise)
-        pacemaker = Party(engine, worlds[:1], Arm(Acceleration()), self._mode, SEEDS[:1], limit, self._noise)
+
+        def playing() -> Party:
+            return Party(engine, worlds, Arm(settings), self._mode, SEEDS, limit, self._noise)
+
+        def setting_pace() -> Party:
+            return Party(engine, worlds[:1], Arm(Acceleration()), self._mode, SEEDS[:1], limit, self._noise)
+
+        warming = [playing() if limit is None else Party(engine, worlds[:1], Arm(settings), self._mode, SEEDS, limit)]
+        for warm in warming if self._full else [setting_pace(), *warming]:
+            for _ in range(self._growing):  # every size of the context costs once
+                warm.step()
+        party, pacemaker = playing(), setting_pace()
         for _ in range(self._chunks):
             party.step()
             pacemaker.step()

@@ -23,7 +23,7 @@ from worldstride.bench.trials import Mode
 from worldstride.bench.walks import FIRST_SEED, Trajectory
 from worldstride.commands.options import EngineOptions, Family, ModelName
 from worldstride.commands.table import table
-from worldstride.errors import InputError, number_in
+from worldstride.errors import InputError, integer_from, number_in
 
 NOT_REACHABLE, INTERRUPTED = 1, 130
 
@@ -67,8 +67,7 @@ class Calibrate:
             raise InputError(f"--out must be a .toml file, got {self.out}")
         temporary_beside(self.out)  # refuses a missing folder before the work
         engine = self.engine.load(self.model)
-        if self.worlds < 2:
-            raise InputError(f"a calibration needs at least 2 worlds to tell a loss from chance, got {self.worlds}")
+        integer_from("--worlds", self.worlds, 2)
         begin = time.perf_counter()
         with tqdm(total=self.worlds, unit="world", desc="truth") as bar:
             worlds = held_out(engine, self.family, self.worlds, self.chunks, self.walks, self.seed, bar.update)

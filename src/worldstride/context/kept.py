@@ -49,6 +49,10 @@ class KeptContext:
             integer_from("acceleration.kept.refresh", self.refresh, 1)
         if self.anew is not None:
             number_in("acceleration.kept.anew", self.anew, 0, 1)
+            if self.sees == "itself":
+                raise InputError(
+                    "acceleration.kept.anew changes nothing where latents see only themselves; leave it out"
+                )
         if not isinstance(self.incremental, bool):
             raise InputError(f"acceleration.kept.incremental must be true or false, got {self.incremental!r}")
         if self.sees not in get_args(Sees):

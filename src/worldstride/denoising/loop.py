@@ -1,4 +1,4 @@
-"""The denoising loop of one chunk, for one world or for several with the same plan."""
+"""The denoising loop of one chunk, for one world or for several that take their steps together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from worldstride.attention import Attend
 from worldstride.denoising.solvers import Noise, Solver, make_solver
 from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.protocol import Context, Inputs, Narrows, ReusesAttention, SamplerSpec, WorldModel
+from worldstride.rows import on_device, rows_of
 
 Rule = Literal["hold", "extrapolate"]
 
@@ -38,7 +39,9 @@ class DenoisePlan:
     def batching(self, narrows: bool) -> tuple[object, ...]:
         """What worlds of one batch must have in common; all of the plan where the model cannot part them."""
         sampler = self.sampler
-        return (sampler.guidance, sampler.storage, self.refresh) if narrows else (replace(self, reason=""),)
+        if not narrows or (self.refresh is not None and self.refresh > 1):  # what is kept is kept of a whole batch
+            return (replace(self, reason=""),)
+        return (sampler.guidance, sampler.storage, self.refresh)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Evaluation:
     sigma: float
     computed: bool
     seconds: float
+    """A world's share of the time of what was evaluated together."""
     attended: bool = True
     """Whether attention to the context was computed, not reused."""
 
@@ -59,8 +63,10 @@ class _Track:
     rows: list[int]
     plan: DenoisePlan
     solver: Solver
+    part: tuple[tuple[Inputs, ...], Context] | None = None
+    """Inputs and context of theirs alone, where attention to the context is kept from one evaluation to the next."""
     context: Context | None = None
-    """Theirs alone, where attention to it is kept from one evaluation to the next."""
+    """What is kept of that attention."""
     known: list[tuple[float, Tensor]] = field(default_factory=list)
     """Levels and velocities evaluated last, at most two."""
     velocity: Tensor | None = None
@@ -91,16 +97,13 @@ class _Track:
         if plan.sampler.sigmas[: self.step + 1] != self.plan.sampler.sigmas[: self.step + 1]:
             raise ValueError("a plan can be refined only below the levels that were evaluated")
         places = None if rows == self.rows else [self.rows.index(r) for r in rows]
-        known = [(sigma, _of(v, places)) for sigma, v in self.known]
-        velocity = None if self.velocity is None else _of(self.velocity, places)
+        known = [(sigma, rows_of(v, places)) for sigma, v in self.known]
+        velocity = None if self.velocity is None else rows_of(self.velocity, places)
         solver = self.solver.refined(plan.sampler.sigmas, places)
         return _Track(
-            rows, replace(plan, look=None), solver, context, known, velocity, [], self.step, self.count, list(self.done)
-        )
-
-
-def _of(x: Tensor, places: Sequence[int] | None) -> Tensor:
-    return x if places is None else x[torch.tensor(places, device=x.device)]
+            rows, replace(plan, look=None), solver, None, context, known, velocity, [], self.step, self.count,
+            list(self.done),
+        )  # fmt: skip
 
 
 class Denoising:
@@ -127,7 +130,9 @@ class Denoising:
         groups = _by_plan(list(enumerate(plans)))
         self._check_parts(len(groups))
         self._tracks = [_Track(rows, plan, make_solver(plan.sampler)) for rows, plan in groups]
-        self._watch, self._stretches = Stopwatch(self.x.device), 0
+        self._watch = Stopwatch(self.x.device)
+        self._shares: list[int] = []
+        """Worlds that were evaluated in each stretch of time."""
 
     @property
     def looking(self) -> list[int]:
@@ -179,16 +184,18 @@ class Denoising:
                     continue
                 context = t.context
                 if context is not None and not whole and isinstance(self.model, Narrows):
-                    places = [t.rows.index(r) for r in rows]
-                    context = self.model.narrow(self._narrowed(t.rows)[0][0], context, places)[1]
+                    inputs = self.inputs if t.part is None else t.part[0]
+                    context = self.model.narrow(inputs[0], context, [t.rows.index(r) for r in rows])[1]
                 tracks.append(t.split(plan, rows, context))
         self._tracks = tracks
 
     def evaluations(self) -> list[tuple[Evaluation, ...]]:
         """What was evaluated so far for each world; waits for a GPU to have done it."""
-        seconds, out = self._watch.seconds(), dict[int, tuple[Evaluation, ...]]()
+        out = dict[int, tuple[Evaluation, ...]]()
+        seconds = [time / max(count, 1) for time, count in zip(self._watch.seconds(), self._shares, strict=True)]
         for t in self._tracks:
-            out |= dict.fromkeys(t.rows, tuple(replace(e, seconds=seconds[at]) for e, at in t.done))
+            made = tuple(replace(e, seconds=seconds[at]) if e.computed else e for e, at in t.done)
+            out |= dict.fromkeys(t.rows, made)
         return [out[row] for row in sorted(out)]
 
     def _check_parts(self, parts: int) -> None:
@@ -206,15 +213,15 @@ class Denoising:
             velocity, _ = self._velocity(self._rows(rows), [sigmas[r] for r in rows], inputs, context)
             for t in joined:
                 places = None if t.rows == rows else [rows.index(r) for r in t.rows]
-                self._note(t, _of(velocity, places), True)
+                self._note(t, rows_of(velocity, places), True)
         for t in tracks:
             if not t.computes:
                 t.velocity = _stand_in(t.known, t.sigma, t.plan.rule)
-                t.done.append((Evaluation(t.sigma, False, 0.0, False), self._stretches))
+                t.done.append((Evaluation(t.sigma, False, 0.0, False), len(self._shares)))
             elif t not in joined:
                 self._note(t, *self._reusing(t))
         self._watch.mark()
-        self._stretches += 1
+        self._shares.append(sum(len(t.rows) for t in tracks if t.computes))
 
     def _note(self, t: _Track, velocity: Tensor, attended: bool) -> None:
         t.velocity = velocity
@@ -222,7 +229,7 @@ class Denoising:
         t.known = [*t.known[-1:], (t.sigma, velocity)]
         if t.plan.look is not None and t.step <= t.plan.look:
             t.clean.append(self._rows(t.rows).float() - t.sigma * velocity)
-        t.done.append((Evaluation(t.sigma, True, 0.0, attended), self._stretches))
+        t.done.append((Evaluation(t.sigma, True, 0.0, attended), len(self._shares)))
         t.count += 1
 
     def _keeps_attention(self, t: _Track) -> bool:
@@ -234,7 +241,8 @@ class Denoising:
         model = self.model
         if t.plan.refresh is None or not isinstance(model, ReusesAttention):
             raise ValueError("this plan keeps no attention")
-        inputs, whole = self._narrowed(t.rows)
+        t.part = t.part or self._narrowed(t.rows)
+        inputs, whole = t.part
         anew = t.context is None or t.count % t.plan.refresh == 0
         context = model.apart(whole) if anew or t.context is None else t.context
         velocity, captured = self._velocity(self._rows(t.rows), [t.sigma] * len(t.rows), inputs, context)
@@ -247,7 +255,7 @@ class Denoising:
     ) -> tuple[Tensor, Mapping[str, Any]]:
         sigma: Any = sigmas[0]
         if len(set(sigmas)) > 1:  # a model that parts worlds takes a level for each
-            sigma = torch.tensor(sigmas, device=x.device)
+            sigma = on_device(sigmas, x.device)
         velocity, captured = self.model.velocity(x, sigma, inputs[0], context, self.attend)
         if self._guidance is not None:
             # classifier-free guidance (Ho & Salimans, 2022): unconditional + scale (conditional - unconditional)
@@ -256,10 +264,10 @@ class Denoising:
         return velocity.to(torch.float32), captured
 
     def _fresh_of(self, rows: Sequence[int], i: int) -> Tensor:
-        return _of(self.fresh(i), rows)
+        return rows_of(self.fresh(i), rows)
 
     def _rows(self, rows: Sequence[int]) -> Tensor:
-        return _of(self.x, None if len(rows) == len(self.x) else rows)
+        return rows_of(self.x, None if len(rows) == len(self.x) else rows)
 
     def _narrowed(self, rows: Sequence[int]) -> tuple[tuple[Inputs, ...], Context]:
         """Inputs and context of some worlds, in order; the last ones asked for are at hand."""
@@ -280,7 +288,7 @@ class Denoising:
             whole = len(t.rows) == len(x)
             noise = self.fresh if whole else partial(self._fresh_of, t.rows)
             moved = t.solver.step(t.step, self._rows(t.rows).float(), t.velocity, noise).to(self._storage)
-            x = moved if whole else x.index_copy(0, torch.tensor(t.rows, device=x.device), moved)
+            x = moved if whole else x.index_copy(0, on_device(t.rows, x.device), moved)
             t.velocity, t.step = None, t.step + 1
         self.x = self.model.clamp(x, self.inputs[0])
 

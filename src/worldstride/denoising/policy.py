@@ -59,7 +59,8 @@ class AdaptiveSteps:
     few: int = 3
     """Steps where the coming views are known."""
     shift: float | None = None
-    """Shift of the noise schedule there; None takes the model's own for that number of steps."""
+    """Shift of the noise schedule there; None takes the model's own for that number of steps. After a look the steps
+    that are left are placed by it, None places them evenly."""
     score: Score = "known"
     """Score from cameras that tells known from novel; see `SpatialMemory.score`."""
     threshold: float = 0.95

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from worldstride.protocol import SamplerSpec
+from worldstride.rows import rows_of
 
 Noise = Callable[[int], Tensor]
 """Fresh noise for solver step i, of the latents' shape."""
@@ -89,8 +90,8 @@ class UniPC:
         other = UniPC(sigmas)
         other._clean, other._start = list(self._clean), self._start
         if rows is not None:
-            other._clean = [t[list(rows)] for t in self._clean]
-            other._start = None if self._start is None else self._start[list(rows)]
+            other._clean = [rows_of(t, rows) for t in self._clean]
+            other._start = None if self._start is None else rows_of(self._start, rows)
         return other
 
     def _lambda(self, i: int) -> float:

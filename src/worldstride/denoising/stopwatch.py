@@ -34,12 +34,6 @@ class Stopwatch:
         self._stretches.append((self._from, now))
         self._from = now
 
-    def fork(self) -> Stopwatch:
-        """A stopwatch with the same stretches so far."""
-        other = object.__new__(Stopwatch)
-        other._cuda, other._stretches, other._from = self._cuda, list(self._stretches), self._from
-        return other
-
     def seconds(self) -> list[float]:
         """Length of every stretch; on a GPU this waits for the last one to end."""
         return [_between(a, b) for a, b in self._stretches]

@@ -20,6 +20,7 @@ from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_level
 from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn_in_place
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
 from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
+from worldstride.rows import on_device
 
 FULL_STEPS = 8
 """Solver steps at full compute."""
@@ -188,10 +189,14 @@ class CourtyardModel:
         self, inputs: CourtyardInputs, context: Context, rows: Sequence[int]
     ) -> tuple[CourtyardInputs, CourtyardContext]:
         """Inputs and context of some worlds of a batch."""
-        held, at, g = _own(context), torch.tensor(rows, device=self.device), inputs.geometry
-        tables = (None if t is None else t[at] for t in (g.features, g.cos, g.sin, g.project, g.unproject))
+        held, at, g = _own(context), on_device(rows, self.device), inputs.geometry
+
+        def of(t: Tensor) -> Tensor:
+            return t.index_select(0, at)
+
+        tables = (None if t is None else of(t) for t in (g.features, g.cos, g.sin, g.project, g.unproject))
         pairs = tuple(
-            Partial(p.out[at], p.lse[at]) if isinstance(p, Partial) else (p[0][at], p[1][at]) for p in held.keys_values
+            Partial(of(p.out), of(p.lse)) if isinstance(p, Partial) else (of(p[0]), of(p[1])) for p in held.keys_values
         )
         return CourtyardInputs(Geometry(*tables)), replace(held, keys_values=pairs)  # type: ignore[arg-type]
 

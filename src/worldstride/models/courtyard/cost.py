@@ -37,7 +37,9 @@ def level_flops(config: CourtyardConfig) -> float:
 
 
 def context_flops(config: CourtyardConfig, encoded: int, seen: int) -> float:
-    """See `Costed.context_flops`."""
+    """See `Costed.context_flops`; frames that are encoded apart see no more than their chunk."""
+    if config.context != "together":
+        seen = 1 if config.context == "apart" else min(seen, config.chunk)
     if not encoded:
         return 0.0
     tokens, projected = encoded * config.tokens, projective_channels(config)

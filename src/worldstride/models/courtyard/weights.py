@@ -81,7 +81,10 @@ def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
 
 def fingerprint(config: CourtyardConfig, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of configuration and tensors; what else the file says of its origin does not count."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    values = asdict(config)
+    if config.context == CourtyardConfig.context:  # older than this field are weights and saves that name them
+        del values["context"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
