@@ -87,6 +87,8 @@ IDLE = [
     ("spatial", asking(spatial=SpatialMemory("known", 0.5, None, 0.1)), 3, SCORE.format("known") + "fell below 0.4"),
     ("kept", asking(kept=KeptContext()), 1, "every context was encoded anew"),
     ("kept", asking(kept=KeptContext(refresh=1)), 3, "every context was encoded anew"),
+    ("kept", asking(kept=KeptContext(refresh=1, anew=0.5)), 3, "every context was encoded anew: score 'added' from "
+     r"\d\.\d\d to \d\.\d\d against 0\.5"),
     ("cache", asking(cache=StepCache("added", 1.0)), 3, SCORE.format("added") + "reached 1 with its margin"),
     ("cache", asking(cache=StepCache("similarity", 1.0)), 3, SCORE.format("similarity") + "reached 1 with its margin"),
     ("cache", asking(cache=StepCache("added", 0.5)), 1, "score 'added', unknown, never reached 0.5 with its margin"),

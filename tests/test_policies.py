@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +21,20 @@ from worldstride.bench import gate
 from worldstride.bench.walks import FIRST_SEED, TRAJECTORIES, Trajectory, trajectory
 from worldstride.camera import camera_from_pose, intrinsics_from_fov
 from worldstride.cli import main
+from worldstride.context import planning
 from worldstride.context.dynamics import Dynamics, latent_change, window_length
 from worldstride.context.gate import Gate, PoseScores
 from worldstride.context.history import History
+from worldstride.context.planning import Wanted, observe_change, plan_context, plan_contexts, pose_scores
 from worldstride.context.policy import (
     PUBLISHED,
     PolicyState,
     PoseView,
     SpatialMemory,
     TemporalWindow,
-    observe_change,
-    plan_context,
 )
 from worldstride.context.retrieval import frustum_points
-from worldstride.context.selection import select
+from worldstride.context.selection import Lookup, select
 from worldstride.context.similarity import (
     View,
     added_share,
@@ -161,12 +163,16 @@ def test_what_memory_adds_is_what_the_window_does_not_show():
     assert float(added_share(points, points[:, :0])) == 0.75
 
 
+def wanted(history: History, coming: Tensor, state: PolicyState | None = None, **levers: Any) -> Wanted:
+    return Wanted(Lookup(history, SHAPE, coming, POINTS, K), state or PolicyState(), **levers)
+
+
 @pytest.mark.parametrize("spatial", [SpatialMemory(), SpatialMemory("similarity", 0.5, margin=0.05)])
 def test_exploring_drops_memory_and_coming_back_keeps_it(spatial: SpatialMemory):
     state = PolicyState()
     out, more = turning(torch.arange(0.0, 60, 3)), turning(torch.tensor([60.0, 63]))
     view = PoseView().look(K)
-    plan, signals, state = plan_context(bank(out), SHAPE, more, POINTS, K, state, spatial=spatial, view=view)
+    plan, signals, state = plan_context(wanted(bank(out), more, state, spatial=spatial, view=view))
     assert plan.memory == ()
     assert len(plan.window) == 4
     assert plan.sink == (0,)
@@ -176,9 +182,8 @@ def test_exploring_drops_memory_and_coming_back_keeps_it(spatial: SpatialMemory)
     assert (signals.metres, signals.degrees) == pytest.approx((0, 9), abs=0.01)
     assert not state.revisiting
     there = turning(torch.cat([torch.arange(0.0, 60, 3), torch.arange(57.0, 30, -3)]))
-    plan, signals, state = plan_context(
-        bank(there), SHAPE, turning(torch.tensor([27.0, 24])), POINTS, K, state, spatial=spatial, view=view
-    )
+    coming = turning(torch.tensor([27.0, 24]))
+    plan, signals, state = plan_context(wanted(bank(there), coming, state, spatial=spatial, view=view))
     assert len(plan.memory) == 3
     assert state.revisiting
     assert plan.reason == "full compute"
@@ -189,9 +194,8 @@ def test_change_shortens_the_window_and_the_state_moves_on():
     for values in (torch.zeros(12), torch.cat([torch.zeros(10), torch.ones(2)])):
         state = observe_change(bank(where, values), SHAPE, 0.5, state)
     assert state.dynamics.changes == (0, 1)
-    plan, signals, after = plan_context(
-        bank(where), SHAPE, ahead(torch.arange(12.0, 14)), POINTS, K, state, temporal=TemporalWindow(0.5)
-    )
+    coming = ahead(torch.arange(12.0, 14))
+    plan, signals, after = plan_context(wanted(bank(where), coming, state, temporal=TemporalWindow(0.5)))
     assert after is state
     assert (signals.change, signals.dynamics) == (1, 0.5)
     assert len(plan.window) == 2  # 4 x 0.5 / (0.5 + 0.5)
@@ -202,14 +206,59 @@ def test_change_shortens_the_window_and_the_state_moves_on():
 def test_no_policy_is_the_plain_plan():
     where, state = turning(torch.arange(20.0)), PolicyState()
     coming = turning(torch.tensor([20.0, 21]))
-    plan, signals, after = plan_context(bank(where), SHAPE, coming, POINTS, K, state)
+    plan, signals, after = plan_context(wanted(bank(where), coming, state))
     assert (plan, signals) == select(bank(where), SHAPE, coming, POINTS, K)
     assert after is state
-    empty, signals, _ = plan_context(
-        History(), SHAPE, coming, POINTS, K, state, temporal=TemporalWindow(), spatial=SpatialMemory()
-    )
+    levers: dict[str, Any] = {"temporal": TemporalWindow(), "spatial": SpatialMemory(), "view": VIEWS["frustum"]}
+    empty, signals, _ = plan_context(wanted(History(), coming, state, **levers))
     assert empty.rows == []
     assert (signals.change, signals.pose) == (None, PoseScores())
+
+
+def test_worlds_are_planned_together_as_they_are_alone():
+    """Histories of several lengths, other policies, points and views in one call."""
+    out = turning(torch.cat([torch.arange(0.0, 60, 3), torch.arange(57.0, 30, -3)]))
+    other = Lookup(bank(out[:16]), SHAPE, ahead(torch.tensor([3.0, 4])), frustum_points(stream(9)), 1.1 * K, memory=1)
+    changed = observe_change(bank(out, torch.arange(29.0)), SHAPE, 0.5, PolicyState())
+    every = [
+        wanted(bank(out[:16]), turning(torch.tensor([48.0, 51]))),
+        Wanted(other, PolicyState(), view=VIEWS["ball"]),
+        wanted(bank(out), turning(torch.tensor([27.0, 24])), spatial=SpatialMemory(), view=VIEWS["frustum"]),
+        wanted(bank(out), turning(torch.tensor([99.0, 95])), spatial=SpatialMemory(), view=frustum_view(far=8.0)),
+        wanted(bank(out), turning(torch.tensor([9.0, 5])), changed, temporal=TemporalWindow(0.5), view=VIEWS["ball"]),
+        wanted(bank(out[:16]), turning(torch.tensor([27.0, 24])), view=VIEWS["frustum"]),
+        wanted(bank(out[:1]), turning(torch.tensor([3.0, 6])), view=VIEWS["frustum"]),
+        wanted(History(), turning(torch.tensor([3.0, 6])), spatial=SpatialMemory(), view=VIEWS["frustum"]),
+    ]
+    together = plan_contexts(every)
+    for one, (plan, signals, state) in zip(every, together, strict=True):
+        alone = plan_context(one)
+        assert (plan, state) == (alone[0], alone[2])
+        assert signals.pose == alone[1].pose
+        assert signals.candidates == alone[1].candidates
+        for name in ("similarity", "newest", "metres", "degrees"):
+            assert getattr(signals, name) == pytest.approx(getattr(alone[1], name), abs=1e-6)
+    assert len({plan.memory for plan, _, _ in together}) > 4
+    history = bank(out)
+    assert together[2][1].pose == pose_scores(history.cameras(), SHAPE, every[2].lookup.coming, VIEWS["frustum"])
+    with pytest.raises(InputError, match="recall must name"):
+        plan_contexts([every[0], replace(every[0], lookup=replace(every[0].lookup, recall=[0]))])
+
+
+def test_many_worlds_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch):
+    every = [wanted(bank(turning(torch.arange(12.0) + i)), ahead(torch.tensor([1.0, 2])), view=VIEWS["frustum"]) for i
+             in range(5)]  # fmt: skip
+    whole = [signals.pose for _, signals, _ in plan_contexts(every)]
+    monkeypatch.setattr(planning, "_AT_MOST", 2 * 12 * 1000 * 2)
+    assert [signals.pose for _, signals, _ in plan_contexts(every)] == whole
+    assert len(set(whole)) == 5
+
+
+@pytest.mark.parametrize("change", [{"reach": 9.0}, {"near": 0.2}, {"angular": True}, {"points": torch.zeros(1, 3)}])
+def test_views_are_equal_that_show_the_same(change: dict[str, Any]):
+    view = VIEWS["frustum"]
+    assert view.equals(frustum_view(far=8.0))
+    assert not view.equals(replace(view, **change))
 
 
 POLICIES = Acceleration(

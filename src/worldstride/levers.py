@@ -97,7 +97,10 @@ def _why_not(name: str, settings: Acceleration, reports: Sequence[ChunkReport]) 
         return "the model brings its own solver"
     if name == "kept":
         anew = "every context was encoded anew"
+        least = None if settings.kept is None else settings.kept.anew
         keeps = settings.kept is None or not settings.kept.incremental or any(r.kept_bytes for r in reports)
+        if keeps and least is not None:
+            return f"{anew}: {_range(late, 'added')} against {least:g}"
         return anew if keeps else f"{anew}: the model keeps no latents"
     return "no evaluation could reuse it"
 

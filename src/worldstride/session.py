@@ -15,7 +15,9 @@ from worldstride.acceleration import Acceleration, resolve
 from worldstride.camera import check_cameras
 from worldstride.context.history import History
 from worldstride.context.kept import KeptLatents
-from worldstride.context.policy import PolicyState, observe_change, plan_context
+from worldstride.context.planning import Planned, Wanted, observe_change, plan_contexts
+from worldstride.context.policy import PolicyState
+from worldstride.context.selection import Lookup
 from worldstride.context.similarity import View
 from worldstride.control import Action, actions_per_frame
 from worldstride.denoising.policy import plan_denoising
@@ -124,24 +126,32 @@ class Session:
         self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, noise: Tensor | None,
         own_intrinsics: Tensor | None, recall: Sequence[int] | None = None,
     ) -> Chunk:  # fmt: skip
-        (made,) = carry_out([self._plan(action, cameras, noise, own_intrinsics, recall)])
+        (made,) = carry_out(_planned([self._ask(action, cameras, noise, own_intrinsics, recall)]))
         return self._finish(made)
 
-    def _plan(
+    def _ask(
         self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, noise: Tensor | None,
         own_intrinsics: Tensor | None, recall: Sequence[int] | None,
-    ) -> Pending:  # fmt: skip
+    ) -> _Asked:  # fmt: skip
         model, state, clock = self.engine.model, self._state, Stopwatch(torch.device("cpu"))
         shape = model.chunk(state.chunk)
         noise = None if noise is None else self._noise(shape, noise)
         frame_cameras, actions = self._where(action, cameras, shape.frames)
-        clock.mark()
         intrinsics = model.intrinsics if own_intrinsics is None else own_intrinsics
         settings = in_force(self._acceleration, state.chunk)
-        context, signals, policy = plan_context(
-            state.history, shape, frame_cameras, state.points, intrinsics, state.policy, settings.window,
-            settings.memory, settings.temporal, settings.spatial, self._view(settings, intrinsics), recall,
+        lookup = Lookup(
+            state.history, shape, frame_cameras, state.points, intrinsics, settings.window, settings.memory,
+            recall=recall,
         )  # fmt: skip
+        view = self._view(settings, intrinsics)
+        wanted = Wanted(lookup, state.policy, settings.temporal, settings.spatial, view)
+        clock.mark()
+        return _Asked(self, state, settings, wanted, actions, noise, own_intrinsics, clock.seconds()[0])
+
+    def _pend(self, asked: _Asked, planned: Planned, select: float) -> Pending:
+        """The chunk that was asked for with the context that was planned for it, in `select` seconds."""
+        model, state, settings, clock = self.engine.model, asked.state, asked.settings, Stopwatch(torch.device("cpu"))
+        context, signals, policy = planned
         refresh = None if settings.attention is None else settings.attention.evaluations
         plan, caching, knowing = plan_denoising(
             model.sampler, settings.steps, settings.shift, settings.solver, settings.cache, settings.adaptive, refresh,
@@ -152,10 +162,11 @@ class Session:
             added = signals.pose.added if signals.pose is not None and context.memory else None
             absent = state.kept.absent(settings.kept, state.history, context, added)
         clock.mark()
-        control, select = clock.seconds()
+        seconds = {"control": asked.control, "select": select + clock.seconds()[0]}
+        chunk = asked.wanted.lookup
         return Pending(
-            self, state, settings, shape, frame_cameras, actions, own_intrinsics, signals, context, absent, plan,
-            replace(policy, caching=caching, knowing=knowing), noise, {"control": control, "select": select},
+            self, state, settings, chunk.shape, chunk.coming, asked.actions, asked.own_intrinsics, signals, context,
+            absent, plan, replace(policy, caching=caching, knowing=knowing), asked.noise, seconds,
         )  # fmt: skip
 
     def _finish(self, made: Made) -> Chunk:
@@ -270,6 +281,30 @@ class Session:
         return given
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A chunk that is asked for, its cameras known and its context not yet."""
+
+    session: Session
+    state: SessionState
+    settings: Acceleration
+    wanted: Wanted
+    actions: tuple[Action, ...]
+    noise: Tensor | None
+    own_intrinsics: Tensor | None
+    control: float
+    """Seconds that it took so far."""
+
+
+def _planned(asked: Sequence[_Asked]) -> list[Pending]:
+    """Plan chunks; what cameras tell is computed for all worlds at once."""
+    clock = Stopwatch(torch.device("cpu"))
+    planned = plan_contexts([a.wanted for a in asked])
+    clock.mark()
+    select = clock.seconds()[0] / max(len(asked), 1)
+    return [a.session._pend(a, one, select) for a, one in zip(asked, planned, strict=True)]
+
+
 @torch.inference_mode()
 def step_together(
     sessions: Sequence[Session], cameras: Sequence[np.ndarray | Tensor] | None = None,
@@ -289,10 +324,10 @@ def step_together(
     every = [[None] * count if given is None else list(given) for given in (actions, cameras, noise, recall)]
     if any(len(given) != count for given in every):
         raise InputError(f"step_together needs one entry for each of {count} sessions, got {[len(g) for g in every]}")
-    pending = [
-        s._plan(action, where, start, s._state.intrinsics, places)
+    pending = _planned([
+        s._ask(action, where, start, s._state.intrinsics, places)
         for s, action, where, start, places in zip(sessions, *every, strict=True)
-    ]
+    ])  # fmt: skip
     made = [m for group in grouped(pending, limit) for m in carry_out(group)]
     before = [s._state for s in sessions]
     try:

@@ -59,10 +59,8 @@ class Pending:
         counts = (len(plan.sink), len(plan.memory), len(plan.window))
         prompt = id(state.prompt) if state.prompt else None
         sees = self.settings.kept.sees if self.settings.kept is not None else "all"
-        how, led = (
-            self.denoising.batching(isinstance(self.session.engine.model, Narrows)),
-            tuple(state.history.entries[i].action for i in plan.rows),
-        )
+        how, entries = self.denoising.batching(isinstance(self.session.engine.model, Narrows)), state.history.entries
+        led = tuple(entries[i].action for i in plan.rows)
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
         where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder)
         return (*where, *how, self.actions, led, prompt, id(self.session.engine))
@@ -162,16 +160,18 @@ class _Batch:
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
             context = model.encode_context(latents, cameras, actions, positions, kinds, None, attend)
             return context, [()] * len(self.pending)
-        kept = [[None if i in first.absent else _record(p, i) for p in self.pending] for i in every]
+        old = [_records(p) for p in self.pending]
+        kept = [[of.get(i) for of in old] for i in every]
         context, made = encode_kept(
             model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, attend
         )
         records = list[tuple[Tensor, ...]]()
-        for b, p in enumerate(self.pending):
+        for b, of in enumerate(old):
             # one tensor for what a world keeps of a chunk: a view of the batch's would keep that alive, and memory for
             # a tensor a latent takes a GPU long to get
             fresh = dict(zip(first.absent, torch.stack([t[b] for t in made]) if made else (), strict=True))
-            records.append(tuple(fresh[i] if i in fresh else _record(p, i) for i in every))
+            both = {**of, **fresh}
+            records.append(tuple(both[i] for i in every))
         return context, records
 
     def conditions(self) -> Conditions:
@@ -202,9 +202,11 @@ class _Batch:
         return torch.stack([part.to(model.device) for part in parts])
 
 
-def _record(p: Pending, place: int) -> Tensor:
-    """What the session keeps of the latent at a place of its context."""
-    return p.state.kept.records[p.state.history.entries[p.context.rows[place]].index]
+def _records(p: Pending) -> dict[int, Tensor]:
+    """Place in the context -> what the session keeps of the latent there, of those that are not encoded."""
+    entries, absent = p.state.history.entries, p.absent or ()
+    rows = enumerate(p.context.rows)
+    return {i: p.state.kept.records[entries[row].index] for i, row in rows if i not in absent}
 
 
 def grouped(pending: Sequence[Pending], limit: int | None = None) -> list[list[Pending]]:

@@ -18,7 +18,8 @@ from worldstride.bench.rollout import Speed, summary
 from worldstride.bench.trials import Arm, Mode, NoiseBank, Party
 from worldstride.bench.walks import HeldOutWorld
 from worldstride.context.kept import KeptContext
-from worldstride.context.policy import PoseView, SpatialMemory, TemporalWindow, pose_scores
+from worldstride.context.planning import pose_scores
+from worldstride.context.policy import PoseView, SpatialMemory, TemporalWindow
 from worldstride.denoising.policy import AdaptiveSteps
 from worldstride.engine import Engine
 from worldstride.errors import InputError, number_in

@@ -13,8 +13,10 @@ from worldstride.acceleration import PRESETS, Acceleration
 from worldstride.bench.results import quantile
 from worldstride.camera import camera_from_pose, intrinsics_from_fov
 from worldstride.context.history import History
-from worldstride.context.policy import PolicyState, observe_change, plan_context
+from worldstride.context.planning import Wanted, observe_change, plan_context
+from worldstride.context.policy import PolicyState
 from worldstride.context.retrieval import frustum_points
+from worldstride.context.selection import Lookup
 from worldstride.denoising.policy import plan_denoising
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.protocol import ChunkShape, SamplerSpec
@@ -92,10 +94,8 @@ def _times(geometry: Geometry, count: int, settings: Acceleration, repeats: int)
     found = list[float]()
     for _ in range(repeats + 2):
         begin = time.perf_counter()
-        _, signals, after = plan_context(
-            history, shape, cameras[count:], points, intrinsics, state, settings.window, settings.memory,
-            settings.temporal, settings.spatial, view,
-        )  # fmt: skip
+        lookup = Lookup(history, shape, cameras[count:], points, intrinsics, settings.window, settings.memory)
+        _, signals, after = plan_context(Wanted(lookup, state, settings.temporal, settings.spatial, view))
         plan_denoising(
             sampler, settings.steps, settings.shift, settings.solver, settings.cache, settings.adaptive, None,
             signals.pose, after.caching, after.knowing, settings.name,

@@ -15,7 +15,8 @@ import torch
 from worldstride import camera, worlds
 from worldstride.bench.walks import FIRST_SEED, Trajectory, trajectory, walk_classes
 from worldstride.context.gate import PoseScores
-from worldstride.context.policy import SpatialMemory, pose_scores
+from worldstride.context.planning import pose_scores
+from worldstride.context.policy import SpatialMemory
 from worldstride.context.similarity import View
 from worldstride.errors import InputError
 from worldstride.protocol import ChunkShape

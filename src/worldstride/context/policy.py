@@ -1,29 +1,17 @@
-"""Policies that shorten a chunk's context, and what a session remembers between chunks for them."""
+"""Settings of the policies that shorten a chunk's context, and what a session remembers between chunks for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from worldstride.context.dynamics import Dynamics, latent_change, window_length
-from worldstride.context.gate import Gate, PoseScores, Score, check_gate
-from worldstride.context.history import History
-from worldstride.context.selection import ContextPlan, Signals, select, spans
-from worldstride.context.similarity import (
-    View,
-    added_share,
-    ball_view,
-    clip_similarity,
-    frustum_view,
-    similarity,
-    visible,
-)
+from worldstride.context.dynamics import Dynamics
+from worldstride.context.gate import Gate, Score, check_gate
+from worldstride.context.similarity import View, ball_view, frustum_view
 from worldstride.errors import InputError, integer_from, number_in
-from worldstride.protocol import ChunkShape
 
 ViewName = Literal["frustum", "ball"]
 
@@ -122,82 +110,3 @@ class PolicyState:
     """Whether the gate on step reuse was open."""
     knowing: bool = False
     """Whether the last chunk was taken for known, and got few evaluations."""
-
-
-def plan_context(
-    history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor, state: PolicyState,
-    window: int | None = None, memory: int | None = None, temporal: TemporalWindow | None = None,
-    spatial: SpatialMemory | None = None, view: View | None = None, recall: Sequence[int] | None = None,
-) -> tuple[ContextPlan, Signals, PolicyState]:  # fmt: skip
-    """What the chunk with cameras coming [F, 4, 4] remembers, from which signals, and the policies' next state.
-
-    `window` and `memory` bound what the policies may keep; `view` is what scores from cameras are taken with, None
-    where nobody asks for them; `recall` names places in the history to bring back in place of those found by pose.
-    Without policies this is `select` alone, and the state is as it was.
-    """
-    asked = [f"{name} {n}" for name, n in (("window", window), ("memory", memory)) if n is not None]
-    reasons = [f"{' and '.join(asked)} asked for"] if asked else []
-    if temporal is not None:
-        longest = min(shape.window, shape.window if window is None else window)
-        average, median = state.dynamics.average, state.dynamics.median
-        window = window_length(state.dynamics, longest, temporal.scale, temporal.opposite, temporal.multiple)
-        if window < longest:
-            reasons.append(f"window {window} of {longest}: change {average:.3g}, median {median:.3g}")
-    scores = None if view is None else pose_scores(history.cameras(), shape, coming, view, window)
-    if spatial is not None:
-        scores = scores or PoseScores()
-        revisiting = spatial.gate.decide(scores.of(spatial.score), scores.newest, state.revisiting)
-        state = replace(state, revisiting=revisiting)
-        if not revisiting:
-            whole = shape.memory if memory is None else min(memory, shape.memory)
-            memory, recall = min(whole, spatial.exploring), None if spatial.exploring < whole else recall
-            seen = "nothing is old"
-            if scores.old is not None:
-                seen = (
-                    f"old views show {scores.old:.2f}, the newest {scores.newest:.2f}, and add {scores.added:.2f} to "
-                    "the window"
-                )
-            kept = f"cut to {memory}" if memory else "dropped"
-            reasons.append(f"exploring, memory {kept}: {seen}")
-    plan, signals = select(
-        history, shape, coming, points, intrinsics, window, memory, "; ".join(reasons) or "full compute", recall
-    )
-    changes = state.dynamics.changes
-    signals = replace(
-        signals, change=changes[-1] if temporal is not None and changes else None,
-        dynamics=state.dynamics.average if temporal is not None else None, pose=scores,
-    )  # fmt: skip
-    return plan, signals, state
-
-
-def observe_change(history: History, shape: ChunkShape, weight: float, state: PolicyState) -> PolicyState:
-    """The state after a chunk was finished: the change from the chunk before it is one more observation.
-
-    Called when the chunk's frames have been fetched, so that reading the number does not wait for a GPU again.
-    """
-    rows = list(range(len(history) - 2 * shape.new, len(history)))
-    if rows[0] < 0:
-        return state
-    newest = history.entries[-1].latent
-    before, after = history.latents(rows, newest.device, tuple(newest.shape)).chunk(2)
-    return replace(state, dynamics=state.dynamics.observe(float(latent_change(after, before)), weight))
-
-
-def pose_scores(
-    cameras: Tensor, shape: ChunkShape, coming: Tensor, view: View, window: int | None = None
-) -> PoseScores:
-    """What cameras tell of a chunk, in one batched call over the history's cameras [N, 4, 4], oldest first.
-
-    Old are the cameras between sink and window; coming [F, 4, 4] is looked at by its first and last camera.
-    """
-    kept = len(cameras) - shape.clean
-    if not kept:
-        return PoseScores()
-    first, recent = spans(kept, shape, window)
-    seen = visible(coming.cpu().float()[[0, -1]], cameras[first:kept], view)  # [2, N, P]
-    past, near = seen.split([kept - recent - first, recent], 1)
-    clips, newest = clip_similarity(similarity(past), shape.new), float(similarity(seen[:, -shape.new :]).mean())
-    known = float(seen.any(1).float().mean())
-    if not len(clips):
-        return PoseScores(None, newest, None, known)
-    return PoseScores(float(clips.max()), newest, float(added_share(past, near)), known)

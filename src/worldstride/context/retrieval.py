@@ -38,23 +38,24 @@ def frustum_points(generator: torch.Generator, columns: int = 9, depths: int = 4
 def coverage(queries: Tensor, memory: Tensor, points: Tensor, intrinsics: Tensor) -> Tensor:
     """How well each remembered camera saw each sample point of the coming views.
 
-    queries [B, Q, 4, 4], memory [B, N, 4, 4], points [P, 3], intrinsics [3, 3] -> weights [B, N, Q P] in [0, 1].
+    queries [B, Q, 4, 4], memory [B, N, 4, 4], points [P, 3] or [B, P, 3], intrinsics [3, 3] or [B, 3, 3] -> weights
+    [B, N, Q P] in [0, 1].
     """
     k = intrinsics.to(queries)
-    pinhole = torch.stack([k[0, 0], k[1, 1], k[0, 2], k[1, 2]])
+    pinhole = torch.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], -1)[..., None, :]  # [..., 1, 4]
     points = points.to(queries)
-    xy = (points[:, :2] - pinhole[2:]) / pinhole[:2] * points[:, 2:]
-    local = torch.cat([xy, points[:, 2:]], -1)  # [P, 3] in camera space
-    world = torch.einsum("bqij,pj->bqpi", queries[..., :3, :3], local) + queries[..., None, :3, 3]
+    xy = (points[..., :2] - pinhole[..., 2:]) / pinhole[..., :2] * points[..., 2:]
+    local = torch.cat([xy, points[..., 2:].expand(*xy.shape[:-1], 1)], -1)  # [..., P, 3] in camera space
+    which = "pj" if local.ndim == 2 else "bpj"
+    world = torch.einsum(f"bqij,{which}->bqpi", queries[..., :3, :3], local) + queries[..., None, :3, 3]
     inverse = camera.invert(memory)
     seen = torch.einsum("bnij,bsj->bnsi", inverse[..., :3, :3], world.flatten(1, 2)) + inverse[..., None, :3, 3]
     x, y, z = seen.unbind(-1)  # [B, N, Q P]
-    margin_x = 0.5 / pinhole[0] * z
-    margin_y = 0.5 / pinhole[1] * z
+    margin_x, margin_y = (0.5 / pinhole[..., i, None] * z for i in (0, 1))
     inside = (z > 0.15) & (x.abs() < margin_x) & (y.abs() < margin_y)
     apart = (memory[:, :, None, :3, 3] - queries[:, None, :, :3, 3]).square().sum(-1)  # [B, N, Q]
     near = 1 / (1 + apart / HALF_NEAR**2)
-    return inside * near.repeat_interleave(len(points), 2) / (1 + (x * x + y * y + z * z) / HALF_WEIGHT**2)
+    return inside * near.repeat_interleave(points.shape[-2], 2) / (1 + (x * x + y * y + z * z) / HALF_WEIGHT**2)
 
 
 def unseen(weights: Tensor, recent: Tensor) -> Tensor:

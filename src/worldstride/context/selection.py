@@ -68,6 +68,35 @@ def spans(kept: int, shape: ChunkShape, window: int | None = None) -> tuple[int,
     return min(shape.sink, kept - recent), recent
 
 
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A chunk whose context is to be chosen."""
+
+    history: History
+    shape: ChunkShape
+    coming: Tensor
+    """Cameras of the chunk's frames [F, 4, 4]."""
+    points: Tensor
+    """Sample points of retrieval [P, 3]."""
+    intrinsics: Tensor
+    """Normalised [3, 3]."""
+    window: int | None = None
+    """Bound on recent latents; None keeps what full compute would."""
+    memory: int | None = None
+    """Bound on retrieved latents, likewise."""
+    reason: str = "full compute"
+    recall: Sequence[int] | None = None
+    """Places between sink and window to bring back in place of those found by pose."""
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Latents before the chunk; of them in the sink, recent and to be retrieved."""
+        kept = len(self.history) - self.shape.clean
+        sink, recent = spans(kept, self.shape, self.window)
+        wanted = self.shape.memory if self.memory is None else min(self.memory, self.shape.memory)
+        return kept, sink, recent, min(wanted, kept - recent - sink)
+
+
 def select(
     history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor,
     window: int | None = None, memory: int | None = None, reason: str = "full compute",
@@ -75,34 +104,57 @@ def select(
 ) -> tuple[ContextPlan, Signals]:  # fmt: skip
     """Plan a chunk with cameras coming [F, 4, 4]; `window` and `memory` reduce what full compute would keep.
 
-    The re-imposed latents at the head of the chunk are part of the chunk, not of its context. `recall` names places
-    between sink and window to bring back in place of those found by pose.
+    The re-imposed latents at the head of the chunk are part of the chunk, not of its context. See `Lookup`.
     """
-    kept = len(history) - shape.clean
-    sink, recent = spans(kept, shape, window)
-    wanted = shape.memory if memory is None else min(memory, shape.memory)
+    return select_together([Lookup(history, shape, coming, points, intrinsics, window, memory, reason, recall)])[0]
+
+
+def select_together(lookups: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
+    """`select` for several worlds, those with as many latents in one call."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, one in enumerate(lookups):
+        groups.setdefault((one.counts, one.shape, one.points.shape), []).append(i)
+    out: dict[int, tuple[ContextPlan, Signals]] = {}
+    for places in groups.values():
+        out |= zip(places, _selected([lookups[i] for i in places]), strict=True)
+    return [out[i] for i in range(len(lookups))]
+
+
+def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
+    """Plans of worlds with equal counts."""
+    kept, sink, recent, count = group[0].counts
     candidates = list(range(sink, kept - recent))
-    count = min(wanted, len(candidates))
-    chosen: list[int] = []
-    similarity: tuple[float, ...] = ()
-    newest = 0.0
+    chosen: list[list[int]] = [[] for _ in group]
+    alike: list[list[float]] = [[] for _ in group]
+    newest = [0.0] * len(group)
+    speeds = [(0.0, 0.0)] * len(group)
     if kept:
         # one call over everything that a signal needs: candidates, then the window, whose last is the newest
         seen = list(range(sink if count else kept - 1, kept))
-        queries = coming.cpu().float()[[0, -1]]
-        every = retrieval.coverage(queries[None], history.cameras(seen)[None].float(), points, intrinsics)  # [1, N, S]
-        newest = float(retrieval.similarity(every)[0, -1])
+        cameras = torch.stack([one.history.cameras(seen) for one in group]).float()  # [B, N, 4, 4]
+        ends = torch.stack([one.coming.cpu().float()[[0, -1]] for one in group])
+        points, intrinsics = (torch.stack([t.cpu() for t in of]) for of in zip(
+            *((one.points, one.intrinsics) for one in group), strict=True
+        ))  # fmt: skip
+        every = retrieval.coverage(ends, cameras, points, intrinsics)  # [B, N, S]
+        newest = retrieval.similarity(every[:, -1:])[:, 0].tolist()
         if count:
             weights, shown = every[:, : len(candidates)], every[:, len(candidates) :]
-            valid = torch.ones(1, len(candidates), dtype=torch.bool)
-            picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count)[0].sort().values
-            if recall is not None:
-                picks = torch.tensor(_checked(recall, candidates, count), dtype=torch.long) - sink
-            chosen = [candidates[i] for i in picks.tolist()]
-            similarity = tuple(retrieval.similarity(weights)[0][picks].tolist())
-    plan = ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), reason)
-    metres, degrees = _speed(history.cameras([kept - 1]), coming) if kept else (0.0, 0.0)
-    return plan, Signals(similarity, newest, len(candidates), metres=metres, degrees=degrees)
+            valid = torch.ones(weights.shape[:2], dtype=torch.bool)
+            picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count).sort(1).values
+            for i, one in enumerate(group):
+                if one.recall is not None:
+                    picks[i] = torch.tensor(_checked(one.recall, candidates, count), dtype=torch.long) - sink
+            chosen = (picks + sink).tolist()
+            alike = retrieval.similarity(weights).gather(1, picks).tolist()
+        speeds = _speeds(cameras[:, -1:], [one.coming for one in group])
+    return [
+        (
+            ContextPlan(tuple(range(sink)), tuple(chosen[i]), tuple(range(kept - recent, kept)), one.reason),
+            Signals(tuple(alike[i]), newest[i], len(candidates), metres=speeds[i][0], degrees=speeds[i][1]),
+        )
+        for i, one in enumerate(group)
+    ]
 
 
 def _checked(recall: Sequence[int], candidates: Sequence[int], count: int) -> list[int]:
@@ -114,9 +166,10 @@ def _checked(recall: Sequence[int], candidates: Sequence[int], count: int) -> li
     return chosen
 
 
-def _speed(last: Tensor, coming: Tensor) -> tuple[float, float]:
-    """Metres and degrees a frame from the newest remembered camera [1, 4, 4] along the coming ones [F, 4, 4]."""
-    path = torch.cat([last.float(), coming.cpu().float()])
-    moved = path[:, :3, 3].diff(dim=0).norm(dim=-1).mean()
-    cosine = ((path[:-1, :3, :3] * path[1:, :3, :3]).sum((-1, -2)) - 1) / 2
-    return float(moved), float(torch.rad2deg(cosine.clamp(-1, 1).arccos()).mean())
+def _speeds(last: Tensor, coming: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Metres and degrees a frame from the newest remembered cameras [B, 1, 4, 4] along the coming ones [F, 4, 4]."""
+    path = torch.cat([last, torch.stack([c.cpu().float() for c in coming])], 1)
+    moved = path[:, :, :3, 3].diff(dim=1).norm(dim=-1).mean(1)
+    cosine = ((path[:, :-1, :3, :3] * path[:, 1:, :3, :3]).sum((-1, -2)) - 1) / 2
+    turned = torch.rad2deg(cosine.clamp(-1, 1).arccos()).mean(1)
+    return list(zip(moved.tolist(), turned.tolist(), strict=True))

@@ -39,6 +39,11 @@ class View:
     angular: bool = False
     """Bound by azimuth, elevation and distance instead of by image plane and depth."""
 
+    def equals(self, other: View) -> bool:
+        """Whether another view shows the same."""
+        mine, its = ((v.tangent_x, v.tangent_y, v.reach, v.near, v.angular) for v in (self, other))
+        return self is other or (mine == its and torch.equal(self.points, other.points))
+
     def contains(self, points: Tensor) -> Tensor:
         """Whether points [..., 3] in camera space are in view: bool [...]."""
         return self._inside(*points.unbind(-1))
@@ -91,34 +96,40 @@ def frustum_view(
 
 
 def visible(queries: Tensor, memory: Tensor, view: View) -> Tensor:
-    """Which points in view of coming cameras [Q, 4, 4] remembered ones [N, 4, 4] have in view too: bool [Q, N, P]."""
-    points, count = view.points.to(queries), len(queries) * len(view.points)
-    relative = camera.invert(memory)[None] @ queries[:, None]  # [Q, N, 4, 4]: query's space -> memory's space
+    """Which points in view of coming cameras [..., Q, 4, 4] remembered ones [..., N, 4, 4] have in view too.
+
+    Leading dimensions are worlds. Returns bool [..., Q, N, P].
+    """
+    points, lead = view.points.to(queries), queries.shape[:-2]
+    relative = (
+        camera.invert(memory)[..., None, :, :, :] @ queries[..., None, :, :]
+    )  # [..., Q, N, 4, 4]: to memory's space
     turned, moved = relative[..., :3, :3], relative[..., :3, 3, None]
-    parts = [torch.empty(len(queries), 0, len(points), dtype=torch.bool)]
-    for turn, move in zip(*(t.split(max(1, _AT_ONCE // count), 1) for t in (turned, moved)), strict=True):
+    parts = [torch.empty(*lead, 0, len(points), dtype=torch.bool)]
+    at_once = max(1, _AT_ONCE // (lead.numel() * len(points)))
+    for turn, move in zip(*(t.split(at_once, -3) for t in (turned, moved)), strict=True):
         parts.append(view.contains((turn @ points.mT + move).movedim(-2, -1)))
-    return torch.cat(parts, 1)
+    return torch.cat(parts, -2)
 
 
 def similarity(seen: Tensor) -> Tensor:
-    """Pose similarity [Q, N] from what is `visible` [Q, N, P]: the share of points that both cameras have in view."""
+    """Pose similarity [..., N] from what is `visible` [..., N, P]: the share of points that both cameras see."""
     return seen.float().mean(-1)
 
 
 def added_share(old: Tensor, window: Tensor) -> Tensor:
-    """Share of the coming views that some old camera saw and no camera of the window did: a scalar in [0, 1].
+    """Share of the coming views that some old camera saw and no camera of the window did: [...] in [0, 1].
 
-    From what is `visible` [Q, N, P] to the old and [Q, W, P] to the recent ones. It is what memory can add to the
-    window, as far as cameras tell: where it is nothing, old frames are of no use however similar they are.
+    From what is `visible` [..., Q, N, P] to the old and [..., Q, W, P] to the recent ones. It is what memory can add to
+    the window, as far as cameras tell: where it is nothing, old frames are of no use however similar they are.
     """
-    return (old.any(1) & ~window.any(1)).float().mean()
+    return (old.any(-2) & ~window.any(-2)).float().mean((-2, -1))
 
 
 def clip_similarity(per_latent: Tensor, clip: int) -> Tensor:
-    """Similarity [N // clip] of whole clips: mean over queries and over a clip's latents of per_latent [Q, N]."""
-    whole = per_latent.shape[1] // clip
-    return per_latent[:, : whole * clip].unflatten(1, (whole, clip)).mean((0, 2))
+    """Similarity [..., N // clip] of whole clips: mean over queries and a clip's latents of per_latent [..., Q, N]."""
+    whole = per_latent.shape[-1] // clip
+    return per_latent[..., : whole * clip].unflatten(-1, (whole, clip)).mean((-3, -1))
 
 
 def _tangent(degrees: float) -> float:
