@@ -57,7 +57,7 @@ class Trainer:
         self.averaged = CourtyardNetwork(config).to(self.device).requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
         self.optimizer = Optimizer(self.network, settings.matrix_rate, settings.rate)
-        self.step, self.progress = 0, 0.0
+        self.step, self.progress, self.contexts = 0, 0.0, 0
         if settings.resume is not None:
             self._resume(settings.resume)
         # generators of the training worlds never meet those of single seeded worlds, which live on the CPU
@@ -190,6 +190,7 @@ class Trainer:
             if pool.own is not None and sampled is not None:
                 self._keep(pool.own, batch, sampled, sigma)
         self.losses[kept].append(loss.detach())
+        self.contexts += len(batch.context) * (batch.target.shape[1] if kept else 1)
         return {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm, "rate": rate}
 
     def _encode(self, kind: ContextKind) -> Encode:
@@ -325,7 +326,7 @@ class Trainer:
             "device": name,
             "torch": torch.__version__,
             "commit": commit(),
-            "contexts": (self.step - first) * self.s.batch * self.group.size,
+            "contexts": self.contexts * self.group.size,
             "history": self.history,
         }
         self._save_state()
