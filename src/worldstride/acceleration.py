@@ -131,11 +131,11 @@ PRESETS: dict[str, Acceleration] = {
     ),
     "balanced": Acceleration(
         "balanced", steps=5, shift=2.0, solver="unipc",
-        adaptive=AdaptiveSteps(4, shift=1.5, threshold=0.98, change=0.05),
+        adaptive=AdaptiveSteps(3, shift=2.0, threshold=0.98, change=0.05),
     ),
     "fast": Acceleration(
-        "fast", steps=4, shift=2.0, solver="unipc", temporal=TemporalWindow(multiple=4),
-        adaptive=AdaptiveSteps(3, shift=1.0, threshold=0.98, change=0.05),
+        "fast", steps=5, shift=2.0, solver="unipc", kept=KeptContext(),
+        adaptive=AdaptiveSteps(3, shift=2.0, threshold=0.98, change=0.05),
     ),
 }  # fmt: skip
 """Named settings. "off" is full compute. "exact" takes levers that change nothing but rounding; what is exact in the
