@@ -25,6 +25,7 @@ from worldstride.context.retrieval import (
     unseen,
 )
 from worldstride.context.selection import ContextPlan, select
+from worldstride.errors import InputError
 from worldstride.noise import stream
 from worldstride.protocol import KINDS, ChunkShape
 
@@ -241,6 +242,14 @@ def test_settings_only_ever_reduce():
     assert plan(20, window=99, memory=99).rows == plan(20).rows
     # a shorter window leaves more to retrieve from
     assert set(plan(20, window=1).memory) <= set(range(1, 19))
+
+
+@pytest.mark.parametrize(("count", "less", "text"), [(20, {"memory": 0}, "at most 0 may"), (4, {}, "0 latents lie")])
+def test_recall_of_nothing_is_refused(count: int, less: dict[str, int], text: str):
+    look = cameras((0, 0, 0))
+    with pytest.raises(InputError, match=rf"recall names \[1\], but this chunk brings nothing back.*{text}"):
+        select(bank(count), SHAPE, look, POINTS, K, recall=[1], **less)
+    assert select(bank(count), SHAPE, look, POINTS, K, recall=[], **less)[0].memory == ()
 
 
 def test_an_empty_bank_gives_an_empty_plan():

@@ -124,6 +124,12 @@ def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
     """Plans of worlds with equal counts."""
     kept, sink, recent, count = group[0].counts
     candidates = list(range(sink, kept - recent))
+    if not count and (asked := next((one for one in group if one.recall), None)):
+        bound = asked.shape.memory if asked.memory is None else asked.memory
+        raise InputError(
+            f"recall names {list(asked.recall or ())}, but this chunk brings nothing back: {len(candidates)} latents "
+            f"lie between sink and window, and at most {bound} may be retrieved"
+        )
     chosen: list[list[int]] = [[] for _ in group]
     alike: list[list[float]] = [[] for _ in group]
     newest = [0.0] * len(group)

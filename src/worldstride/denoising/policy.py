@@ -69,7 +69,7 @@ class AdaptiveSteps:
     """By how much the condition eases while the views are known."""
     change: float | None = None
     """Where cameras do not say "known": the relative change of the predicted latents from the first evaluation to the
-    second below which the chunk goes on with few steps all the same; None does not look."""
+    second below which the chunk goes on with few steps all the same, at least one more; None does not look."""
 
     def __post_init__(self) -> None:
         check_gate("acceleration.adaptive", self.score, self.threshold, None, self.hysteresis)
