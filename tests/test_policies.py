@@ -16,7 +16,7 @@ from torch import Tensor
 
 import worldstride.worlds
 from walking import FORWARD, TURN, same
-from worldstride import Acceleration, Action, Engine
+from worldstride import Acceleration, Action, Engine, camera
 from worldstride.bench import gate
 from worldstride.bench.walks import FIRST_SEED, TRAJECTORIES, Trajectory, trajectory
 from worldstride.camera import camera_from_pose, intrinsics_from_fov
@@ -77,6 +77,18 @@ def test_similarity_is_the_share_of_points_that_both_see(view: View):
             assert float(found[q, n]) == pytest.approx(float(view.contains(local).float().mean()), abs=2e-3)
     behind = camera_from_pose(torch.tensor([[0.0, 0.0, math.pi, 0.0]]))
     assert not bool(visible(camera_from_pose(torch.zeros(1, 4)), behind, view).any())
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_no_point_is_missed_where_cameras_are_ruled_out_by_the_corners_of_their_views(view: View):
+    spread = torch.tensor([4.0, 4.0, 3.0, 0.5])
+    where = camera_from_pose(torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(1)) * spread)
+    found = visible(where[:, :4], where, view)
+    for world in range(2):
+        relative = (camera.invert(where[world])[None] @ where[world, :4, None]).double()  # [4, 60, 4, 4]
+        points = (relative[..., None, :3, :3] @ view.points.double()[..., None])[..., 0] + relative[..., None, :3, 3]
+        assert (view.contains(points) != found[world]).float().mean() < 1e-5  # rounding at the very edge
+    assert 0.1 < found.any(-1).float().mean() < 0.9  # there is something to miss, and something to rule out
 
 
 @pytest.mark.parametrize(("walk", "back", "published"), [(turning, 4, 0.775), (turning, 8, 0.584), (ahead, 8, 0.775)])

@@ -20,6 +20,8 @@ from worldstride.errors import InputError
 
 _AT_ONCE = 100_000
 """Points that are transformed at once: they stay in the cache, and a long history needs little memory."""
+_SLACK = 1e-3
+"""Metres by which corners must lie beyond a plane; rounding is far less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,23 @@ class View:
     def contains(self, points: Tensor) -> Tensor:
         """Whether points [..., 3] in camera space are in view: bool [...]."""
         return self._inside(*points.unbind(-1))
+
+    def may_meet(self, turned: Tensor, moved: Tensor) -> Tensor:
+        """Whether points of this view may lie in the view of a camera they are carried to by a rotation and a shift.
+
+        turned [M, 3, 3], moved [M, 3, 1]; returns bool [M]. False only where one plane that bounds the other view has
+        all corners around the points beyond it, so that nothing seen is ever missed.
+        """
+        # elevation is bounded off the axis too: its plane is steeper there
+        rise = self.tangent_y * (math.hypot(1, self.tangent_x) if self.angular else 1)
+        near, far = (float(z) for z in self.points[:, 2].aminmax())
+        corners = torch.tensor(
+            [[x * self.tangent_x * z, y * rise * z, z] for z in (near, far) for x in (-1, 1) for y in (-1, 1)]
+        )
+        x, y, z = (turned @ corners.to(turned).mT + moved).unbind(-2)  # [M, 8] each
+        wide, high = self.tangent_x * z, rise * z
+        beyond = [x - wide, -x - wide, y - high, -y - high, self.near - z, z - self.reach]
+        return ~torch.stack([b.amin(-1) > _SLACK for b in beyond]).any(0)
 
     def _inside(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         wide = x.abs() <= self.tangent_x * z
@@ -100,16 +119,14 @@ def visible(queries: Tensor, memory: Tensor, view: View) -> Tensor:
 
     Leading dimensions are worlds. Returns bool [..., Q, N, P].
     """
-    points, lead = view.points.to(queries), queries.shape[:-2]
-    relative = (
-        camera.invert(memory)[..., None, :, :, :] @ queries[..., None, :, :]
-    )  # [..., Q, N, 4, 4]: to memory's space
-    turned, moved = relative[..., :3, :3], relative[..., :3, 3, None]
-    parts = [torch.empty(*lead, 0, len(points), dtype=torch.bool)]
-    at_once = max(1, _AT_ONCE // (lead.numel() * len(points)))
-    for turn, move in zip(*(t.split(at_once, -3) for t in (turned, moved)), strict=True):
-        parts.append(view.contains((turn @ points.mT + move).movedim(-2, -1)))
-    return torch.cat(parts, -2)
+    relative = camera.invert(memory)[..., None, :, :, :] @ queries[..., None, :, :]  # [..., Q, N, 4, 4]: to memory's
+    turned, moved = relative[..., :3, :3].flatten(0, -3), relative[..., :3, 3, None].flatten(0, -3)
+    met = view.may_meet(turned, moved).nonzero()[:, 0]  # most of a long history looks elsewhere
+    points = view.points.to(queries)
+    seen = torch.zeros(len(turned), len(points), dtype=torch.bool)
+    for some in met.split(max(1, _AT_ONCE // len(points))):
+        seen[some] = view.contains((turned[some] @ points.mT + moved[some]).mT)
+    return seen.unflatten(0, relative.shape[:-2])
 
 
 def similarity(seen: Tensor) -> Tensor:
