@@ -165,8 +165,9 @@ def encoded(
         model, latents[:, absent], scattered(1, 8), torch.arange(-8, 0), torch.zeros(8, dtype=torch.long), given, sees,
         4, attend,
     )  # fmt: skip
-    assert len(made) == len(absent)
-    rest = iter(made)
+    fresh = () if made is None else made.unbind(1)
+    assert len(fresh) == len(absent)
+    rest = iter(fresh)
     every = [next(rest) if k is None else k for k in kept]
     joined = model.join_context(every, torch.arange(-8, 0), torch.zeros(8, dtype=torch.long))
     assert apart(context, joined, 0) == apart(context, joined, 1) == 0

@@ -53,7 +53,7 @@ def test_a_stretchs_contexts_are_what_a_player_keeps(training: SimpleNamespace):
             context, fresh = encode_kept(
                 model, one[0][:, absent], one[1][:, seen], ranks, kinds, kept, "all", 4, attend
             )
-            records.update(zip(absent, fresh, strict=True))
+            records.update(zip(absent, () if fresh is None else fresh.unbind(1), strict=True))
             if i not in stretch.targets:
                 continue
             row = 3 * b + stretch.targets.index(i)

@@ -169,8 +169,8 @@ class _Batch:
         for b, of in enumerate(old):
             # one tensor for what a world keeps of a chunk: a view of the batch's would keep that alive, and memory for
             # a tensor a latent takes a GPU long to get
-            fresh = dict(zip(first.absent, torch.stack([t[b] for t in made]) if made else (), strict=True))
-            both = {**of, **fresh}
+            fresh = () if made is None else made[0] if len(old) == 1 else made[b].clone()
+            both = {**of, **dict(zip(first.absent, fresh, strict=True))}
             records.append(tuple(both[i] for i in every))
         return context, records
 

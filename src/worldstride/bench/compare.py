@@ -146,7 +146,7 @@ def compare(
     result = Comparison(engine, tuple(worlds), chunks, [Trial(a, m) for m in modes for a in arms])
     noise = dict[int, NoiseBank]()
     try:
-        _warm_up(engine, arms, worlds[:size], alone)
+        _warm_up(engine, arms, worlds[:size], alone, chunks)
         for mode in modes:
             for at in range(0, len(worlds), size):
                 trials, numbers = [t for t in result.trials if t.mode == mode], range(at, min(at + size, len(worlds)))
@@ -158,8 +158,13 @@ def compare(
     return result
 
 
-def _warm_up(engine: Engine, arms: Sequence[Arm], worlds: Sequence[HeldOutWorld], alone: bool) -> None:
-    """The first step of all pays for setting up kernels."""
+def _warm_up(engine: Engine, arms: Sequence[Arm], worlds: Sequence[HeldOutWorld], alone: bool, chunks: int) -> None:
+    """The first step of all pays for setting up kernels; what is compiled must have met contexts of every size."""
+    if engine.source.compiled:
+        for arm in arms:
+            party = Party(engine, worlds[:1], arm, "closed", SEEDS, 1 if alone else None)
+            for _ in range(min(chunks, _COMPILING)):
+                party.step()
     for arm in arms[:1] if alone else arms:
         party = Party(engine, worlds, arm, "closed", SEEDS, 1 if alone else None)
         for _ in range(1 if alone else 2):
@@ -192,6 +197,7 @@ def _play(
             trial.tables.update(tables)  # last, so that what has scores has reports
 
 
+_COMPILING = 8  # chunks after which a context has grown to its full size
 _GALLERY = 6  # worlds whose frames are kept for pictures
 
 

@@ -102,8 +102,8 @@ class KeptLatents:
 def encode_kept(
     model: KeepsLatents, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor,
     kept: Sequence[Sequence[Tensor | None]], sees: Sees, clip: int, attend: Attend,
-) -> tuple[Context, list[Tensor]]:  # fmt: skip
-    """Context of N latents of B worlds, and what is to be kept of each that was encoded: A tensors [B, ...].
+) -> tuple[Context, Tensor | None]:  # fmt: skip
+    """Context of N latents of B worlds, and what is to be kept of those that were encoded [B, A, ...]; None of none.
 
     Args:
         model: the model that keeps latents.
@@ -120,7 +120,7 @@ def encode_kept(
     absent = [i for i, record in enumerate(records) if record is None]
     recent = int((kinds == KINDS.index("recent")).sum())
     groups = clips(absent, len(kept), recent, clip) if sees == "before" else [absent] * bool(absent)
-    done = 0
+    done, fresh = 0, list[Tensor]()
     for group in groups:
         part, done = latents[:, done : done + len(group)], done + len(group)
         if sees == "itself":
@@ -130,10 +130,12 @@ def encode_kept(
             some = [r for i in seen if (r := records[i]) is not None]
             past = model.join_context(some, positions[seen], kinds[seen]) if seen else None
             made = model.encode_latents(part, cameras[:, group], (), positions[group], kinds[group], past, attend)
+        fresh.append(made)
         for i, record in zip(group, made.unbind(1), strict=True):
             records[i] = record
     every = [r for r in records if r is not None]
-    return model.join_context(every, positions, kinds), [every[i] for i in absent]
+    context = model.join_context(every, positions, kinds)
+    return context, torch.cat(fresh, 1) if len(fresh) > 1 else fresh[0] if fresh else None
 
 
 def clips(absent: Sequence[int], count: int, recent: int, clip: int) -> list[list[int]]:
@@ -154,4 +156,7 @@ def _alone(model: KeepsLatents, latents: Tensor, cameras: Tensor, attend: Attend
 
 
 def _stack(records: Sequence[Tensor]) -> Tensor:
-    return records[0][None] if len(records) == 1 else torch.stack(list(records))
+    """[B, ...]; as flat tensors, because a GPU copies those of many dimensions one by one."""
+    if len(records) == 1:
+        return records[0][None]
+    return torch.stack([r.reshape(-1) for r in records]).view(-1, *records[0].shape)

@@ -97,8 +97,8 @@ class CourtyardModel:
                 "the courtyard model knows one camera, with normalised intrinsics "
                 f"{self.intrinsics.tolist()} (80 degrees across); got {given.tolist()}"
             )
-        cameras = conditions.cameras.to(self.device)
-        ranks = conditions.positions.to(self.device).expand(cameras.shape[:2])
+        cameras = self._here(conditions.cameras)
+        ranks = self._here(conditions.positions).expand(cameras.shape[:2])
         return (CourtyardInputs(geometry(self.config, cameras, ranks, torch.zeros_like(ranks))),)
 
     def encode_context(
@@ -134,7 +134,7 @@ class CourtyardModel:
         for d, pair in enumerate(written):
             for i, part in enumerate(pair):
                 made[:, :, d, i] = part.unflatten(2, (-1, n)).movedim(2, 1)  # [B, N, heads, n, e]
-        ranks, roles = positions.to(self.device), kinds.to(self.device)
+        ranks, roles = self._here(positions), self._here(kinds)
         turn_in_place(self.config, made[:, :, :, 0], ranks, roles, 1, back=True)
         return made
 
@@ -142,18 +142,25 @@ class CourtyardModel:
         """Context of frames whose keys and values [B, depth, 2, heads, tokens, head_dim] were kept."""
         if not kept:
             return CourtyardContext((), 0)
-        every = torch.stack(list(kept), 4)  # [B, depth, 2, heads, N, n, e]
-        turn_in_place(self.config, every[:, :, 0], positions.to(self.device), kinds.to(self.device), 3)
-        pairs = every.flatten(4, 5).unbind(1)
-        return CourtyardContext(tuple((pair[:, 0], pair[:, 1]) for pair in pairs), len(kept))
+        b, depth, two, heads, n, e = kept[0].shape
+        # a block's keys and values lie in one piece: every evaluation reads them
+        every = kept[0].new_empty(depth, two, b, heads, len(kept), n, e)
+        for i, record in enumerate(kept):
+            every[:, :, :, :, i] = record.movedim(0, 2)
+        turn_in_place(self.config, every[:, 0], self._here(positions), self._here(kinds), 3)
+        return CourtyardContext(tuple((k, v) for k, v in every.flatten(4, 5)), len(kept))
+
+    def _here(self, x: Tensor) -> Tensor:
+        """x on the model's device, without waiting for what a GPU has to do before."""
+        return x.to(self.device, non_blocking=True)
 
     def _written(
         self, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor, past: CourtyardContext | None,
         attend: Attend,
     ) -> list[KeysValues]:  # fmt: skip
         lead = latents.shape[:2]
-        ranks, roles = (t.to(self.device).expand(lead) for t in (positions, kinds))
-        where = geometry(self.config, cameras.to(self.device), ranks, roles)
+        ranks, roles = (self._here(t).expand(lead) for t in (positions, kinds))
+        where = geometry(self.config, self._here(cameras), ranks, roles)
         level = torch.zeros(lead[0], device=self.device)
         seen = None
         if past is not None and self.config.context == "together":

@@ -184,12 +184,17 @@ class CourtyardNetwork(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def compile_passes(self) -> None:
-        """Have torch compile blocks and refinement, once for every size of the tensors, when it is first met."""
+        """Have torch compile blocks and refinement when they first run.
+
+        On a CPU once for every size of the tensors, when it is first met. A GPU is given batches of many sizes, since
+        worlds that take different steps part: there sizes that have changed are left open.
+        """
         limits = torch._dynamo.config
         limits.recompile_limit = max(64, limits.recompile_limit)  # contexts have many sizes; 8 would be too few
-        self.run = torch.compile(Block.forward, dynamic=False)
+        dynamic = None if self.place.is_cuda else False
+        self.run = torch.compile(Block.forward, dynamic=dynamic)
         if self.refine is not None:
-            self.refine.compile(dynamic=False)
+            self.refine.compile(dynamic=dynamic)
 
     def context(
         self,
