@@ -432,6 +432,10 @@ def test_compare_refuses_wrong_arms_and_numbers(tiny_engine: Engine, small: tupl
         (["--accelerations", "steps-2", "steps-2"], "two settings are called 'steps-2'"),
         (["--accelerations", "stepz"], "unknown acceleration 'stepz'"),
         (["--ablate", "off"], "'off' is full compute"),
+        (
+            ["--plain", "3", "--only", "3 plain step"],
+            "no settings are called '3 plain step' (did you mean",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(
@@ -507,6 +511,9 @@ def test_ablated_settings_are_played_once(tmp_path: Path, tiny_model: None) -> N
     assert main(["compare", "courtyard", "--accelerations", mine, "--ablate", mine, *arguments]) == 0
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert [r["name"] for r in rows] == ["full compute", "mine", "only spatial", "only solver and steps"]
+    assert main(["compare", "courtyard", "--ablate", mine, "--only", "only spatial", *arguments]) == 0
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert [r["name"] for r in rows] == ["full compute", "only spatial"]
 
 
 def row(name: str, speed: float, loss: float | None) -> dict[str, Any]:

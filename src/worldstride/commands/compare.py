@@ -27,7 +27,7 @@ from worldstride.bench.walks import CLASSES, FIRST_SEED, Trajectory
 from worldstride.commands.options import EngineOptions, Family, ModelName, OptionalInt, OptionalText
 from worldstride.commands.table import table
 from worldstride.engine import Engine
-from worldstride.errors import InputError, MissingDependencyError
+from worldstride.errors import InputError, MissingDependencyError, did_you_mean
 from worldstride.levers import Lever
 from worldstride.video import VideoWriter, check_video
 
@@ -64,6 +64,9 @@ class Compare:
     """Numbers of steps at which the plain loop is played too: what every saved step is up against."""
     ablate: OptionalText = None
     """Preset or .toml file whose levers are also played alone, one after another, and left out one by one."""
+    only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Play only the settings of these names, as tables show them, out of all that are asked for; full compute is always
+    played. For a table that is made in several runs."""
     block: OptionalInt = None
     """Worlds that run together on a GPU; all where none is given. A CPU plays every chunk alone."""
     out: Path = Path("out/compare")
@@ -127,7 +130,10 @@ class Compare:
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice is not None:
             raise InputError(f"two settings are called {twice!r}; each needs a name of its own, or leave one out")
-        return arms
+        unknown = next((n for n in self.only if n not in names), None)
+        if unknown is not None:
+            raise InputError(f"--only: no settings are called {unknown!r}{did_you_mean(unknown, names)}")
+        return [a for a in arms if not self.only or a.name in (FULL.name, *self.only)]
 
     def _check_numbers(self) -> None:
         """Refuse before the work what would be refused after the model is loaded."""
