@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import worldstride
+from worldstride.acceleration import PRESETS, resolve
 from worldstride.cli import main
 from worldstride.commands.table import table
 from worldstride.video import read_video
@@ -52,12 +53,25 @@ def test_version_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in printed
 
 
-@pytest.mark.parametrize("command", ["rollout", "compare", "bench", "gate", "verify", "models", "doctor"])
+@pytest.mark.parametrize("command", ["rollout", "compare", "bench", "gate", "verify", "presets", "models", "doctor"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"worldstride {command}" in capsys.readouterr().out
+
+
+def test_presets_are_printed_as_they_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, settings in PRESETS.items():
+        assert main(["presets", name]) == 0
+        printed = capsys.readouterr().out
+        assert "measured on courtyard" in printed
+        assert "on any other model their quality is unmeasured" in printed
+        (tmp_path / "printed.toml").write_text(printed)
+        assert resolve(tmp_path / "printed.toml") == settings
+    assert main(["presets"]) == 0
+    assert capsys.readouterr().out.count("\nname = ") == len(PRESETS)
+    assert "did you mean 'balanced'" in failure(["presets", "balance"], capsys)
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:

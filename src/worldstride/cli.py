@@ -19,6 +19,7 @@ from worldstride.commands.decisions import Decisions
 from worldstride.commands.doctor import Doctor
 from worldstride.commands.gate import Gate
 from worldstride.commands.models import Models
+from worldstride.commands.presets import Presets
 from worldstride.commands.rollout import Rollout
 from worldstride.commands.verify import Verify
 from worldstride.errors import WorldstrideError
@@ -31,6 +32,7 @@ Command = (
     | Annotated[Gate, subcommand("gate")]
     | Annotated[Decisions, subcommand("decisions")]
     | Annotated[Verify, subcommand("verify")]
+    | Annotated[Presets, subcommand("presets")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Doctor, subcommand("doctor")]
 )
