@@ -296,7 +296,10 @@ def test_a_search_needs_two_worlds_and_every_class_in_two_of_them(
     with pytest.raises(InputError, match="only one of the worlds has novel pixels"):
         calibrate(tiny_engine, (small[0], lonely), 2, 2.0)
     nowhere = tuple(replace(w, masks={**w.masks, "novel": lonely.masks["novel"]}) for w in small)
-    assert len(calibrate(tiny_engine, nowhere, 2, 2.0, trials=2).seen) == 2
+    found = calibrate(tiny_engine, nowhere, 2, 2.0, trials=2)
+    assert len(found.seen) == 2
+    assert "novel" in found.absent
+    assert "novel" not in calibrate(tiny_engine, small, 2, 2.0, trials=2).absent
 
 
 ARGUMENTS = ["--weights", "random", "--family", "plain", "--worlds", "2", "--chunks", "2"]

@@ -53,7 +53,10 @@ def test_version_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in printed
 
 
-@pytest.mark.parametrize("command", ["rollout", "compare", "bench", "gate", "verify", "presets", "models", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["rollout", "compare", "calibrate", "bench", "gate", "decisions", "verify", "presets", "models", "doctor"],
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

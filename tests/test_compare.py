@@ -104,6 +104,12 @@ def test_compare_writes_all_files(out: Path) -> None:
     assert [w["walk"] for w in result["worlds"]] == ["look away and back", "walk"]
     for world in result["worlds"]:
         assert len(world["psnr"]["steps-2"]) == len(world["revisited"]) == 3
+    for row in result["rows"]:  # one world of a kind tells no spread
+        assert {kind: of["worlds"] for kind, of in row["by_walk"].items()} == {"look away and back": 1, "walk": 1}
+        losses = [of["loss"]["all"] for of in row["by_walk"].values()]
+        assert [loss["high"] for loss in losses] == [None, None]
+        mean = sum(loss["mean"] for loss in losses) / 2
+        assert (row["quality"]["loss"]["all"]["mean"] - mean) == pytest.approx(0, abs=0.5 * abs(mean) + 1e-9)
     assert set(result["shares"]) == set(CLASSES)
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert result["command"].startswith("worldstride compare courtyard")
@@ -473,7 +479,7 @@ def test_an_ablation_takes_settings_apart() -> None:
     arms = named(ablation(BIG))
     assert list(arms) == [
         "big", "only temporal", "only spatial", "only context", "only incremental", "only solver and steps",
-        "+ incremental", "without temporal", "without spatial", "without incremental",
+        "+ incremental", "without temporal", "without spatial", "without context", "without incremental",
     ]  # fmt: skip
     assert arms["big"] == BIG
     assert arms["only temporal"] == Acceleration("only temporal", window=2, warmup=2, temporal=TemporalWindow())
@@ -482,6 +488,11 @@ def test_an_ablation_takes_settings_apart() -> None:
     assert arms["+ incremental"] == Acceleration(**{**vars(BIG), "name": "+ incremental", "steps": None, "shift": None})
     assert arms["without spatial"] == Acceleration(
         **{**vars(BIG), "name": "without spatial", "spatial": None, "memory": None}
+    )
+    assert (arms["without context"].window, arms["without context"].memory, arms["without context"].steps) == (
+        None,
+        None,
+        3,
     )
     assert all(a.warmup == 2 for a in arms.values())
 

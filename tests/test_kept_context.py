@@ -327,6 +327,20 @@ def test_the_least_recently_used_are_let_go():
     assert kept.used(KeptContext(False), [8], list(records(8).values()), True) is kept
 
 
+def test_what_is_let_go_leaves_no_memory_behind():
+    """Latents of a chunk are pieces of one tensor, which any of them keeps alive."""
+    settings, chunks = KeptContext(limit=6), [torch.full((4, 2), float(i)) for i in range(3)]
+    kept = KeptLatents().used(settings, [0, 1, 2, 3], list(chunks[0]), True)
+    assert kept.bytes == 4 * 2 * 4
+    again = kept.used(settings, [2, 4, 5, 6, 7], [chunks[0][2], *chunks[1]], False)
+    assert (list(again.records), again.bytes) == ([3, 2, 4, 5, 6, 7], 6 * 2 * 4)
+    assert again.records[4].untyped_storage().data_ptr() == chunks[1].untyped_storage().data_ptr()
+    assert [float(t[0]) for t in again.records.values()] == [0, 0, 1, 1, 1, 1]
+    anew = again.used(settings, [4, 5, 6, 8], list(chunks[2]), True)  # encoded again: 7 is alone now
+    assert (list(anew.records), anew.bytes) == ([3, 2, 7, 4, 5, 6, 8][-6:], 6 * 2 * 4)
+    assert kept.bytes == 4 * 2 * 4  # a fork's are left alone
+
+
 @pytest.mark.parametrize(
     ("refresh", "encoded"), [(None, [4, 4, 4, 4, 4]), (1, [4, 6, 6, 6, 6]), (2, [4, 4, 6, 4, 6]), (3, [4, 4, 4, 6, 4])]
 )

@@ -95,6 +95,10 @@ IDLE = [
     ("cache", asking(cache=StepCache("known", 0.0, first=4, last=4)), 2, "8 steps leave none between the first and the "
      "last that are computed"),
     ("adaptive", asking(adaptive=AdaptiveSteps(score="added", threshold=1.0)), 3, SCORE.format("added") + "reached 1"),
+    ("adaptive", asking(adaptive=AdaptiveSteps(8, threshold=0.0)), 2, "8 steps where known are no fewer "
+     "than elsewhere"),
+    ("spatial", asking(spatial=SpatialMemory(threshold=1.0, exploring=2)), 3, "2 latents while exploring are no fewer "
+     "than 2"),
     ("adaptive", asking(adaptive=AdaptiveSteps(score="added")), 1, "score 'added', unknown, never reached 0.95"),
     ("attention", asking(attention=AttentionReuse(1)), 2, "no evaluation could reuse it"),
 ]  # fmt: skip
@@ -137,7 +141,7 @@ def test_encoding_anew_on_purpose_is_not_blamed_on_the_model(tiny_engine: Engine
     [
         asking(window=2, temporal=TemporalWindow(scale=1e6)),
         asking(memory=1, spatial=SpatialMemory(threshold=0.0)),
-        asking(steps=4, adaptive=AdaptiveSteps(4, score="added", threshold=1.0)),
+        asking(steps=4, adaptive=AdaptiveSteps(3, score="added", threshold=1.0)),
     ],
     ids=["temporal", "spatial", "adaptive"],
 )

@@ -84,6 +84,7 @@ def test_settings_to_toml_and_back(name: str, tmp_path: Path):
         ('[cache]\nrule = "guess"', "acceleration.cache.rule must be one of hold, extrapolate"),
         ("[cache]\nscore = 'added'\nmargin = 0.1", "acceleration.cache.margin goes with score 'similarity'"),
         ("[adaptive]\nfew = 0", "acceleration.adaptive.few must be an integer"),
+        ("steps = 3\n[adaptive]\nfew = 3", "acceleration.adaptive.few must be below acceleration.steps, 3, got 3"),
         ("[adaptive]\nchange = nan", "acceleration.adaptive.change must be a number"),
         ("[adaptive]\nscore = 'new'", "acceleration.adaptive.score must be one of added, known, similarity"),
         ("[kept]\nsees = 'some'", "acceleration.kept.sees must be one of all, before, itself"),

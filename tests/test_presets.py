@@ -154,7 +154,7 @@ def test_full_compute_is_the_plain_loop(attentive: Engine, settings: Acceleratio
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("off", "exact")])
 def test_first_chunks_are_made_at_full_compute(attentive: Engine, name: str):
-    settings = Acceleration(**{**vars(SETTINGS[name]), "warmup": 2, "steps": 3})
+    settings = Acceleration(**{**vars(SETTINGS[name]), "warmup": 2, "steps": 5})
     session, plain = started(attentive, settings), started(attentive, "off")
     for k, move in enumerate(MOVES[:3]):
         one, other = session.step(move), plain.step(move)
@@ -163,7 +163,7 @@ def test_first_chunks_are_made_at_full_compute(attentive: Engine, name: str):
             assert (one.report.steps, one.report.steps_reason) == (8, "full compute")
             assert one.report.encoded_latents == one.report.context_latents
             assert (one.report.kept_bytes, one.report.signals.pose) == (0, None)
-    assert one.report.steps <= 4
+    assert one.report.steps <= 5
 
 
 @NAMES

@@ -70,6 +70,11 @@ class Acceleration:
         integer_from("acceleration.warmup", self.warmup, 0)
         if self.shift is not None:
             number_in("acceleration.shift", self.shift, 0, 1e6, open_low=True)
+        if self.steps is not None and self.adaptive is not None and self.adaptive.few >= self.steps:
+            raise InputError(
+                f"acceleration.adaptive.few must be below acceleration.steps, {self.steps}, got {self.adaptive.few}: "
+                "it is the number of steps where less is needed"
+            )
         if self.solver not in (None, "euler", "unipc"):
             raise InputError(f"acceleration.solver must be euler or unipc, got {self.solver!r}")
         if not isinstance(self.name, str) or not self.name:
@@ -140,8 +145,10 @@ PRESETS: dict[str, Acceleration] = {
 }  # fmt: skip
 """Named settings. "off" is full compute. "exact" takes levers that change nothing but rounding; what is exact in the
 courtyard is always on, so there it is full compute too. "light-interaction" is the published method as published for
-HY-WorldPlay (arXiv 2605.31158). "balanced" and "fast" were chosen by measurement on the courtyard; for other models
-they carry the same levers over, and their quality there is unmeasured."""
+HY-WorldPlay (arXiv 2605.31158), save that similarity is taken between the chunk's first and last camera and all latents
+of a clip, in the model's own field of view (the authors': four and two latents, 60 x 35 degrees). "balanced" and "fast"
+were chosen by measurement on the courtyard; for other models they carry the same levers over, and their quality there
+is unmeasured."""
 
 
 def resolve(value: Acceleration | str | Path) -> Acceleration:

@@ -43,7 +43,7 @@ def levers(settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkRep
         if getattr(settings, name) is None:
             continue
         fired = sum(name in r.levers for r in reports)
-        note = _saved(name, shape, reports) if fired else _why_not(name, settings, reports)
+        note = _saved(name, shape, reports) if fired else _why_not(name, settings, shape, reports)
         found.append(Lever(name, fired, len(reports), note))
     return found
 
@@ -69,7 +69,7 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
     }[name]
 
 
-def _why_not(name: str, settings: Acceleration, reports: Sequence[ChunkReport]) -> str:
+def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
     if not reports:
         return "no chunk was made"
     if all(r.index < settings.warmup for r in reports):
@@ -78,6 +78,9 @@ def _why_not(name: str, settings: Acceleration, reports: Sequence[ChunkReport]) 
     if name in ("spatial", "memory") and not any(r.signals.candidates for r in late):
         return "nothing was old enough to be retrieved"
     if name == "spatial" and settings.spatial is not None:
+        whole = shape.memory if settings.memory is None else min(settings.memory, shape.memory)
+        if settings.spatial.exploring >= whole:
+            return f"{settings.spatial.exploring} latents while exploring are no fewer than {whole}"
         low = settings.spatial.threshold - settings.spatial.hysteresis
         return f"{_range(late, settings.spatial.score)} never fell below {low:g}"
     if name == "cache" and settings.cache is not None:
@@ -85,6 +88,8 @@ def _why_not(name: str, settings: Acceleration, reports: Sequence[ChunkReport]) 
             return f"{len(late[0].evaluations)} steps leave none between the first and the last that are computed"
         return f"{_range(late, settings.cache.score)} never reached {settings.cache.threshold:g} with its margin"
     if name == "adaptive" and settings.adaptive is not None:
+        if settings.adaptive.few >= min(r.steps for r in late):
+            return f"{settings.adaptive.few} steps where known are no fewer than elsewhere"
         return f"{_range(late, settings.adaptive.score)} never reached {settings.adaptive.threshold:g}"
     if name == "temporal":
         known = [r.signals.dynamics for r in late if r.signals.dynamics is not None]

@@ -199,7 +199,7 @@ class _Batch:
             else noises.normal((1, *size), p.state.noise_seed, p.state.chunk, draw)[0]
             for p in self.pending
         ]  # fmt: skip
-        return torch.stack([part.to(model.device) for part in parts])
+        return torch.stack([part.to(model.device, non_blocking=True) for part in parts])
 
 
 def _records(p: Pending) -> dict[int, Tensor]:

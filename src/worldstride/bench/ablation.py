@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Readable name -> settings that belong together, in the order in which levers are added."""
 BOTH, CONTEXT = ("temporal", "spatial"), "context"
-"""Both levers on the length of the context, and their name together; tried as one, and no step of its own."""
+"""Both levers on the length of the context, and their name together; tried and left out as one, no step of its own."""
 
 
 def ablation(settings: Acceleration, extra: Mapping[str, Acceleration] | None = None) -> list[Acceleration]:
@@ -41,7 +41,10 @@ def ablation(settings: Acceleration, extra: Mapping[str, Acceleration] | None = 
             arms.append(_only(settings, f"only {CONTEXT}", BOTH))
     arms += [replace(other, name=f"only {name}") for name, other in (extra or {}).items()]
     arms += [_only(settings, f"+ {name}", present[: i + 1]) for i, name in enumerate(present)]
-    arms += [_only(settings, f"without {name}", [n for n in present if n != name]) for name in present]
+    left_out: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in present]
+    if set(BOTH) <= set(present):
+        left_out.insert(present.index(BOTH[1]) + 1, (CONTEXT, BOTH))
+    arms += [_only(settings, f"without {name}", [n for n in present if n not in out]) for name, out in left_out]
     return _different(arms, _only(settings, settings.name, []))
 
 

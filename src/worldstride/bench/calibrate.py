@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from worldstride.acceleration import Acceleration, AttentionReuse
-from worldstride.bench.compare import SEEDS, patch_of
+from worldstride.bench.compare import SEEDS, growing, patch_of
 from worldstride.bench.quality import Table, score, summarise
 from worldstride.bench.rollout import Speed, summary
 from worldstride.bench.trials import Arm, Mode, NoiseBank, Party
@@ -68,6 +68,14 @@ class Calibration:
     seen: tuple[Seen, ...]
     budget: float
     interrupted: bool = False
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes of pixels that no world has: nothing is known of them, and no budget was kept there."""
+        if not self.seen:
+            return ()
+        loss = self.seen[0].quality["loss"]
+        return tuple(c for c in COUNTED if c not in loss or math.isnan(loss[c]["mean"]))
 
     @property
     def chosen(self) -> Seen | None:
@@ -223,8 +231,7 @@ class _Bench:
         self._mode: Mode = mode
         self._noise, self._full = NoiseBank(), list[Table]()
         self._paces = 0.0
-        shape = engine.model.chunk(1)
-        self._growing = min(chunks, -(-(shape.sink + shape.memory + shape.window) // shape.new) + 1)
+        self._growing = min(chunks, growing(engine))
 
     def measure(self, settings: Acceleration) -> Seen:
         engine, worlds = self._engine, self._worlds

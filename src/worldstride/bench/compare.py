@@ -19,7 +19,6 @@ from worldstride.report import ChunkReport
 
 NO_MEMORY = Acceleration("no memory", memory=0)
 """Full compute that forgets everything but the recent window: what memory is worth."""
-BRACKETS = (NO_MEMORY.name, "random memory", "oracle memory")
 SEEDS = (1, 2)
 """Noise seeds: the energy score takes two samples."""
 
@@ -66,10 +65,23 @@ class Comparison:
                     "name": trial.arm.name, "mode": trial.mode, "recall": trial.arm.recall, "worlds": len(known),
                     "acceleration": trial.arm.settings.to_json(), "quality": quality, "speed": mine,
                     "speedup": {k: _a_chunk(base, k) / max(_a_chunk(mine, k), 1e-12) for k in ("core", "total")},
+                    "by_walk": self._by_walk(trial, full, known),
                     "levers": [lever.to_json() for lever in did],
                 }
             )  # fmt: skip
         return out
+
+    def _by_walk(self, trial: Trial, full: Trial, known: Sequence[int]) -> dict[str, dict[str, object]]:
+        """Kind of walk -> worlds and loss there (see `quality.summarise`); nothing where all walks are alike."""
+        walks: dict[str, list[int]] = {}
+        for number in known:
+            walks.setdefault(self.worlds[number].walk, []).append(number)
+        if len(walks) == 1:
+            return {}
+        losses = {
+            w: summarise([trial.tables[i] for i in n], [full.tables[i] for i in n])["loss"] for w, n in walks.items()
+        }
+        return {w: {"worlds": len(walks[w]), "loss": loss} for w, loss in losses.items()}
 
     def curves(self, most: int = 6) -> list[dict[str, object]]:
         """What happened chunk by chunk in the first worlds, in closed loop where that was played."""
@@ -158,12 +170,18 @@ def compare(
     return result
 
 
+def growing(engine: Engine) -> int:
+    """Chunks until a context has grown to its full size, and one more."""
+    shape = engine.model.chunk(1)
+    return -(-(shape.sink + shape.memory + shape.window) // shape.new) + 1
+
+
 def _warm_up(engine: Engine, arms: Sequence[Arm], worlds: Sequence[HeldOutWorld], alone: bool, chunks: int) -> None:
     """The first step of all pays for setting up kernels; what is compiled must have met contexts of every size."""
     if engine.source.compiled:
         for arm in arms:
             party = Party(engine, worlds[:1], arm, "closed", SEEDS, 1 if alone else None)
-            for _ in range(min(chunks, _COMPILING)):
+            for _ in range(min(chunks, growing(engine))):
                 party.step()
     for arm in arms[:1] if alone else arms:
         party = Party(engine, worlds, arm, "closed", SEEDS, 1 if alone else None)
@@ -197,7 +215,6 @@ def _play(
             trial.tables.update(tables)  # last, so that what has scores has reports
 
 
-_COMPILING = 8  # chunks after which a context has grown to its full size
 _GALLERY = 6  # worlds whose frames are kept for pictures
 
 

@@ -70,14 +70,15 @@ def decisions(chunks: Sequence[ChunkSignals], settings: SpatialMemory) -> list[b
     for c in chunks:
         if (c.trajectory, c.world) != place:
             open_before, place = False, (c.trajectory, c.world)
-        open_before = settings.gate.decide(score_of(c, settings), c.pose.newest, open_before)
+        open_before = settings.gate.decide(c.pose.of(settings.score), c.pose.newest, open_before)
         made.append(open_before)
     return made
 
 
 def score_of(chunk: ChunkSignals, settings: SpatialMemory) -> float:
-    """The score that the settings' gate looks at."""
-    return chunk.pose.of(settings.score) or 0.0
+    """What the settings' gate goes by: its score, for a relative gate how much more that is than the newest chunk's."""
+    score = chunk.pose.of(settings.score) or 0.0
+    return score if settings.margin is None else score - chunk.pose.newest
 
 
 def agreement(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:

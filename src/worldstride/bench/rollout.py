@@ -98,6 +98,8 @@ class Speed(TypedDict):
     """Of those, encoded for the chunk."""
     context_bytes: int
     """Most keys and values of one chunk."""
+    kept_bytes: int
+    """Most that was kept of encoded latents from chunk to chunk."""
     gigaflops_per_chunk: float | None
     batch: float
     """Chunks made together, on average."""
@@ -124,6 +126,7 @@ def summary(reports: Sequence[ChunkReport]) -> Speed:
         "context_latents": sum(r.context_latents for r in reports) / count,
         "encoded_latents": sum(r.encoded_latents for r in reports) / count,
         "context_bytes": max((r.context_bytes for r in reports), default=0),
+        "kept_bytes": max((r.kept_bytes for r in reports), default=0),
         "gigaflops_per_chunk": sum(flops) / count / 1e9 if flops else None,
         "batch": sum(r.batch for r in reports) / count,
     }  # fmt: skip

@@ -32,7 +32,7 @@ class Bench:
     warmup: int = 3
     """Chunks played before, not counted; 3 fill the context."""
     accelerations: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("off", "steps-4", "steps-2")
-    """Presets or .json files, measured in turn in one run."""
+    """Presets or .toml files, measured in turn in one run."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None

@@ -115,6 +115,8 @@ class Calibrate:
             f"{self.budget:g} %, {self.worlds} {self.family} worlds x {self.chunks} chunks, {self.mode}\n"
             f"{self.model} {facts['engine']['fingerprint'][:12]}, {made_on}, {facts['date']}"
         )
+        if found.absent:
+            comment += f"\nno {' or '.join(found.absent)} pixels in these worlds: nothing is known of them"
         save_settings(replace(best.settings, name=self.out.stem), self.out, comment)
         print(f"\npreset: {self.out} ({best.settings.name})\n{beside}")
         return 0
@@ -128,3 +130,5 @@ def _print(found: Calibration) -> None:
         cells.append([one.settings.name, f"{one.speedup:.2f}", *losses, signed(one.worst), mark])
     print(table(("settings", "core x", *(f"{c} %" for c in COUNTED), "worst %", ""), cells))
     print("\nloss of the energy score at the upper end of its paired interval")
+    if found.absent:
+        print(f"no {' or '.join(found.absent)} pixels in these worlds: nothing is known of them; other walks have them")

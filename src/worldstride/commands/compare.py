@@ -195,7 +195,7 @@ def _shares(played: Comparison) -> dict[str, float]:
 
 def _print(facts: Mapping[str, Any]) -> None:
     speed = ["evals", "encoded", "GFLOP", "core ms", "p95", "core x", "total x"]
-    headers = ["settings", *speed, "energy", "loss %", *SPLIT, "sharp", "PSNR", "to full", "MiB"]
+    headers = ["settings", *speed, "energy", "loss %", *SPLIT, "sharp", "PSNR", "to full", "MiB", "kept MiB"]
     for mode in facts["modes"]:
         rows = [row for row in facts["rows"] if row["mode"] == mode]
         if not rows:
@@ -204,6 +204,8 @@ def _print(facts: Mapping[str, Any]) -> None:
         print(f"\n{title}: {meaning} ({rows[0]['worlds']} worlds)\n")
         shown, *lines = _aligned([headers, *(_line(row, reference=row is rows[0]) for row in rows)])
         print(table(shown, lines))
+        if walks := _walks(rows):
+            print(walks)
         levers = [f"  {row['name']}: {Lever(**lever)}" for row in rows for lever in row["levers"]]
         print("\n".join(["", "levers:", *levers] if levers else []))
     print("\ncosts are a chunk's, x is the speed-up over full compute, core is context and denoising")
@@ -227,7 +229,21 @@ def _line(row: Mapping[str, Any], reference: bool) -> list[str]:
     ]  # fmt: skip
     late = [number(cell(row, "sharpness")["mean"], 2), number(psnr[0]), "-" if reference else number(psnr[1])]
     head = [number(value, digits) for value, digits in values]
-    return [row["name"], *head, *losses, *late, number(speed["context_bytes"] / 2**20)]
+    held = (number(speed[key] / 2**20) for key in ("context_bytes", "kept_bytes"))
+    return [row["name"], *head, *losses, *late, *held]
+
+
+def _walks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Losses of all pixels by kind of walk; empty where all walks are alike."""
+    kinds = rows[0]["by_walk"]
+    if not kinds:
+        return ""
+    lines = [["loss %, by walk", *(f"{kind} ({of['worlds']})" for kind, of in kinds.items())]]
+    for row in rows[1:]:
+        losses = (of["loss"]["all"] for of in row["by_walk"].values())
+        lines.append([row["name"], *(f"{signed(one['mean'])} ({signed(one['high'])})" for one in losses)])
+    shown, *rest = _aligned(lines)
+    return f"\n{table(shown, rest)}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -52,7 +52,7 @@ class Rollout:
     noise_seed: OptionalInt = None
     """Seed of what is dreamt; the world's seed where none is given."""
     acceleration: OptionalText = None
-    """Preset's name or .json file of settings; full compute where none is given."""
+    """Preset's name or .toml file of settings; full compute where none is given."""
     fps: int = 10
     """Frames per second of the video."""
     scale: int = 4

@@ -72,8 +72,8 @@ class KeptLatents:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all records."""
-        return sum(t.numel() * t.element_size() for t in self.records.values())
+        """Bytes that all records hold."""
+        return sum({_storage(t): t.untyped_storage().nbytes() for t in self.records.values()}.values())
 
     def absent(
         self, settings: KeptContext, history: History, plan: ContextPlan, added: float | None = None
@@ -95,8 +95,11 @@ class KeptLatents:
         fresh = dict(zip(numbers, records, strict=True))
         old = self.records if self.sees == settings.sees else {}
         order = {**{k: v for k, v in old.items() if k not in fresh}, **fresh}
-        newest = list(order.items())[-max(settings.limit, len(fresh)) :]
-        return KeptLatents(dict(newest), 1 if whole else self.age + 1, settings.sees)
+        newest = dict(list(order.items())[-max(settings.limit, len(fresh)) :])
+        # latents of a chunk share their memory, which what goes must not leave with what stays
+        going = {_storage(t) for k, t in old.items() if newest.get(k) is not t}
+        newest = {k: t.clone() if _storage(t) in going else t for k, t in newest.items()}
+        return KeptLatents(newest, 1 if whole else self.age + 1, settings.sees)
 
 
 def encode_kept(
@@ -153,6 +156,10 @@ def _alone(model: KeepsLatents, latents: Tensor, cameras: Tensor, attend: Attend
     lead, zero = latents.shape[:2], torch.zeros(1, dtype=torch.long)
     one, where = latents.flatten(0, 1)[:, None], cameras.flatten(0, 1)[:, None]
     return model.encode_latents(one, where, (), zero, zero, None, attend)[:, 0].unflatten(0, lead)
+
+
+def _storage(record: Tensor) -> int:
+    return record.untyped_storage().data_ptr()
 
 
 def _stack(records: Sequence[Tensor]) -> Tensor:

@@ -108,9 +108,11 @@ def plan_denoising(
     if adaptive is not None:
         score = scores.of(adaptive.score)
         knowing = Gate(adaptive.threshold, None, adaptive.hysteresis).decide(score, scores.newest, knowing)
-        if knowing:
+        if knowing and adaptive.few < sampler(steps, shift).steps:
             steps, shift = adaptive.few, adaptive.shift
             reasons = [f"{steps} steps: {adaptive.score} {score:.2f}"]
+        elif knowing:
+            reasons.append(f"{adaptive.few} steps where known are no fewer")
         else:
             look = None if adaptive.change is None else 1
             reasons.append("novel" if score is None else f"{adaptive.score} {score:.2f} only")

@@ -70,8 +70,11 @@ class CourtyardModel:
         self.intrinsics = camera.intrinsics_from_fov(FIELD_OF_VIEW)
 
     def compile_passes(self) -> None:
-        """Compile blocks and refinement; every size of the context once, seconds each, when it is first met."""
-        self.network.compile_passes()
+        """Compile blocks and refinement when they are first met; on a CPU every size of the context once, seconds each.
+
+        A GPU is given batches of many sizes, since worlds that take different steps part: there sizes stay open.
+        """
+        self.network.compile_passes(None if self.device.type == "cuda" else False)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

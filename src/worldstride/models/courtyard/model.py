@@ -183,15 +183,13 @@ class CourtyardNetwork(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def compile_passes(self) -> None:
-        """Have torch compile blocks and refinement when they first run.
+    def compile_passes(self, dynamic: bool | None = False) -> None:
+        """Have torch compile blocks and refinement when they first run, once for every size of the tensors.
 
-        On a CPU once for every size of the tensors, when it is first met. A GPU is given batches of many sizes, since
-        worlds that take different steps part: there sizes that have changed are left open.
+        With `dynamic` None sizes that were seen to change are left open from then on.
         """
         limits = torch._dynamo.config
         limits.recompile_limit = max(64, limits.recompile_limit)  # contexts have many sizes; 8 would be too few
-        dynamic = None if self.place.is_cuda else False
         self.run = torch.compile(Block.forward, dynamic=dynamic)
         if self.refine is not None:
             self.refine.compile(dynamic=dynamic)
