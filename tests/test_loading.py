@@ -19,7 +19,7 @@ import worldstride
 from joint_model import JointModel
 from walking import FORWARD, same
 from worldstride import Acceleration, Engine
-from worldstride.acceleration import resolve, save_settings
+from worldstride.acceleration import PRESETS, resolve, save_settings
 from worldstride.denoising.policy import AdaptiveSteps
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.courtyard.adapter import CourtyardModel
@@ -62,6 +62,17 @@ def test_settings_to_toml_and_back(name: str, tmp_path: Path):
     assert resolve(tmp_path / "a.toml") == settings
     assert (tmp_path / "a.toml").read_text().startswith("# measured on\n# two lines\n")
     assert Acceleration.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+MEASURED = sorted((Path(__file__).parents[1] / "benchmarks").glob("*/*.toml"))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=[p.stem for p in MEASURED])
+def test_settings_that_were_measured_can_be_read(path: Path):
+    assert len(MEASURED) > 15
+    settings = resolve(path)
+    assert settings.name in (path.stem, "calibrated")
+    assert settings != PRESETS["off"]
 
 
 @pytest.mark.parametrize(
