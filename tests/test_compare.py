@@ -108,8 +108,8 @@ def test_compare_writes_all_files(out: Path) -> None:
         assert {kind: of["worlds"] for kind, of in row["by_walk"].items()} == {"look away and back": 1, "walk": 1}
         losses = [of["loss"]["all"] for of in row["by_walk"].values()]
         assert [loss["high"] for loss in losses] == [None, None]
-        mean = sum(loss["mean"] for loss in losses) / 2
-        assert (row["quality"]["loss"]["all"]["mean"] - mean) == pytest.approx(0, abs=0.5 * abs(mean) + 1e-9)
+        low, high = sorted(loss["mean"] for loss in losses)
+        assert low - 1e-6 <= row["quality"]["loss"]["all"]["mean"] <= high + 1e-6  # of the sum of both
     assert set(result["shares"]) == set(CLASSES)
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert result["command"].startswith("worldstride compare courtyard")
