@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import worldstride.worlds
-from walking import FORWARD, TURN, same
+from walking import FORWARD, TURN, same, select
 from worldstride import Acceleration, Action, Engine, camera
 from worldstride.bench import gate
 from worldstride.bench.walks import FIRST_SEED, TRAJECTORIES, Trajectory, trajectory
@@ -34,7 +34,7 @@ from worldstride.context.policy import (
     TemporalWindow,
 )
 from worldstride.context.retrieval import frustum_points
-from worldstride.context.selection import Lookup, select
+from worldstride.context.selection import Lookup
 from worldstride.context.similarity import (
     View,
     added_share,

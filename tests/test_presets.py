@@ -14,13 +14,12 @@ from torch import Tensor
 
 import worldstride
 from test_session import assert_same_state
-from walking import FORWARD, MOVES, TURN, first_frames, levels_apart, same, walk
+from walking import FORWARD, MOVES, TURN, first_frames, levels_apart, same, select, walk
 from worldstride import PRESETS, Acceleration, Action, Engine, Session
 from worldstride.acceleration import AttentionReuse, resolve
 from worldstride.attention import Partial, attend
 from worldstride.context.kept import KeptContext
 from worldstride.context.policy import SpatialMemory, TemporalWindow
-from worldstride.context.selection import select
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.denoising.policy import AdaptiveSteps, StepCache
 from worldstride.engine import EngineSource

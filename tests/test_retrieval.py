@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from walking import select
 from worldstride.camera import camera_from_pose, intrinsics_from_fov
 from worldstride.context.history import History
 from worldstride.context.retrieval import (
@@ -24,7 +25,7 @@ from worldstride.context.retrieval import (
     similarity,
     unseen,
 )
-from worldstride.context.selection import ContextPlan, select
+from worldstride.context.selection import ContextPlan
 from worldstride.errors import InputError
 from worldstride.noise import stream
 from worldstride.protocol import KINDS, ChunkShape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,10 @@ from torch import Tensor
 from joint_model import CELL, HEIGHT, WIDTH
 from worldstride import Action, Chunk
 from worldstride.camera import camera_from_pose
+from worldstride.context import selection
+from worldstride.context.history import History
+from worldstride.context.selection import ContextPlan, Signals
+from worldstride.protocol import ChunkShape
 
 FORWARD, TURN = Action(frozenset({"KeyW"})), Action(frozenset({"ArrowRight"}), (3.0, -2.0))
 MOVES = (FORWARD, TURN, Action(frozenset({"KeyS", "KeyD"})), FORWARD)
@@ -23,6 +29,14 @@ def walk(count: int, step: float = 0.05) -> Tensor:
     """Cameras [count, 4, 4] that walk forward while turning."""
     i = torch.arange(1, count + 1) * step
     return camera_from_pose(torch.stack([i, 2 * i, i, torch.zeros(count)], -1))
+
+
+def select(
+    history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor, **bounds: Any
+) -> tuple[ContextPlan, Signals]:
+    """The choice for one world; see `Lookup`."""
+    (chosen,) = selection.select([selection.Lookup(history, shape, coming, points, intrinsics, **bounds)])
+    return chosen
 
 
 def same(a: Chunk, b: Chunk) -> bool:

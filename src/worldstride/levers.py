@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from worldstride.acceleration import Acceleration
 from worldstride.context.gate import Score
+from worldstride.context.selection import bounded
 from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport
 
@@ -78,7 +79,7 @@ def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequ
     if name in ("spatial", "memory") and not any(r.signals.candidates for r in late):
         return "nothing was old enough to be retrieved"
     if name == "spatial" and settings.spatial is not None:
-        whole = shape.memory if settings.memory is None else min(settings.memory, shape.memory)
+        whole = bounded(shape.memory, settings.memory)
         if settings.spatial.exploring >= whole:
             return f"{settings.spatial.exploring} latents while exploring are no fewer than {whole}"
         low = settings.spatial.threshold - settings.spatial.hysteresis

@@ -15,7 +15,7 @@ from worldstride.acceleration import Acceleration
 from worldstride.attention import attend
 from worldstride.context.kept import clips, encode_kept
 from worldstride.context.policy import PolicyState
-from worldstride.context.selection import ContextPlan, Signals
+from worldstride.context.selection import ContextPlan, Signals, bounded
 from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, Denoising, Evaluation
 from worldstride.denoising.policy import shortened
@@ -90,9 +90,9 @@ class Made:
         p, spec = self.pending, self.plan.sampler
         s, shape, full = p.settings, p.shape, p.session.engine.model.sampler()
         longest = min(shape.window, len(p.state.history) - shape.clean)
-        bound = longest if s.window is None else min(longest, s.window)
+        bound = bounded(longest, s.window)
         whole = min(shape.memory, p.signals.candidates)
-        most = whole if s.memory is None else min(whole, s.memory)
+        most = bounded(whole, s.memory)
         asked = full.steps if s.steps is None else s.steps
         did = {
             "steps": asked < full.steps,

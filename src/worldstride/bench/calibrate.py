@@ -43,14 +43,17 @@ class Seen:
     speedup: float
     """Of the core (context and denoising) over full compute."""
 
+    def loss(self, pixels: str) -> dict[str, float]:
+        """Mean and interval for a class of pixels; NaN where no world has it."""
+        return self.quality["loss"].get(pixels, {"mean": math.nan, "high": math.nan})
+
     @property
     def worst(self) -> float:
         """Upper end of the paired interval of the loss, in percent, of the class that loses most.
 
         NaN where a class occurs in too few worlds to tell.
         """
-        losses = [self.quality["loss"][c] for c in COUNTED if c in self.quality["loss"]]
-        ends = [loss["high"] for loss in losses if not math.isnan(loss["mean"])]
+        ends = [loss["high"] for loss in map(self.loss, COUNTED) if not math.isnan(loss["mean"])]
         return math.nan if any(map(math.isnan, ends)) else max(ends, default=math.nan)
 
     def to_json(self) -> dict[str, object]:
@@ -72,10 +75,7 @@ class Calibration:
     @property
     def absent(self) -> tuple[str, ...]:
         """Classes of pixels that no world has: nothing is known of them, and no budget was kept there."""
-        if not self.seen:
-            return ()
-        loss = self.seen[0].quality["loss"]
-        return tuple(c for c in COUNTED if c not in loss or math.isnan(loss[c]["mean"]))
+        return tuple(c for c in COUNTED if self.seen and math.isnan(self.seen[0].loss(c)["mean"]))
 
     @property
     def chosen(self) -> Seen | None:
@@ -211,7 +211,7 @@ def calibrate(
 def _check_classes(full: Seen) -> None:
     """Every class must occur in two worlds at least, or no setting could show that it keeps the budget there."""
     for name in COUNTED:
-        loss = full.quality["loss"].get(name, {"mean": math.nan, "high": math.nan})
+        loss = full.loss(name)
         if math.isnan(loss["high"]) and not math.isnan(loss["mean"]):
             raise InputError(
                 f"only one of the worlds has {name} pixels, too few to tell a loss from chance; give more worlds, "

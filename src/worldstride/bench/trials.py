@@ -14,6 +14,7 @@ from worldstride import noise as noises
 from worldstride.acceleration import Acceleration
 from worldstride.bench.recall import Recall, recalled
 from worldstride.bench.walks import HeldOutWorld
+from worldstride.context.selection import bounded
 from worldstride.engine import Engine
 from worldstride.report import ChunkReport
 from worldstride.session import Session, step_together
@@ -66,8 +67,7 @@ class Party:
         """The next chunk of all sessions."""
         shape, sessions = self._engine.model.chunk(self._chunk), self._sessions
         ahead = slice(self._at, self._at + shape.frames)
-        wanted = self.arm.settings.memory
-        count = shape.memory if wanted is None else min(wanted, shape.memory)
+        count = bounded(shape.memory, self.arm.settings.memory)
         once = [
             recalled(w, self.arm.recall, self._at, shape.frames, shape.window, count, self._engine.device)
             for w in self._worlds

@@ -220,7 +220,7 @@ def _line(row: Mapping[str, Any], reference: bool) -> list[str]:
     for group in ("all", *SPLIT):
         loss = cell(row, "loss", group)
         known = loss["mean"] == loss["mean"] and not reference
-        losses.append(f"{signed(loss['mean'])} ({signed(loss['high'])})" if known else "-")
+        losses.append(_bracketed(loss) if known else "-")
     psnr = [cell(row, metric)["mean"] for metric in ("psnr", "psnr_full")]
     values = [
         *((speed[key], 1) for key in ("evaluations_per_chunk", "encoded_latents", "gigaflops_per_chunk")),
@@ -233,6 +233,11 @@ def _line(row: Mapping[str, Any], reference: bool) -> list[str]:
     return [row["name"], *head, *losses, *late, *held]
 
 
+def _bracketed(loss: Mapping[str, float]) -> str:
+    """A mean and the upper end of its interval."""
+    return f"{signed(loss['mean'])} ({signed(loss['high'])})"
+
+
 def _walks(rows: Sequence[Mapping[str, Any]]) -> str:
     """Losses of all pixels by kind of walk; empty where all walks are alike."""
     kinds = rows[0]["by_walk"]
@@ -240,8 +245,7 @@ def _walks(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     lines = [["loss %, by walk", *(f"{kind} ({of['worlds']})" for kind, of in kinds.items())]]
     for row in rows[1:]:
-        losses = (of["loss"]["all"] for of in row["by_walk"].values())
-        lines.append([row["name"], *(f"{signed(one['mean'])} ({signed(one['high'])})" for one in losses)])
+        lines.append([row["name"], *(_bracketed(of["loss"]["all"]) for of in row["by_walk"].values())])
     shown, *rest = _aligned(lines)
     return f"\n{table(shown, rest)}"
 

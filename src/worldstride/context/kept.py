@@ -97,8 +97,8 @@ class KeptLatents:
         order = {**{k: v for k, v in old.items() if k not in fresh}, **fresh}
         newest = dict(list(order.items())[-max(settings.limit, len(fresh)) :])
         # latents of a chunk share their memory, which what goes must not leave with what stays
-        going = {_storage(t) for k, t in old.items() if newest.get(k) is not t}
-        newest = {k: t.clone() if _storage(t) in going else t for k, t in newest.items()}
+        if going := {_storage(t) for k, t in old.items() if newest.get(k) is not t}:
+            newest = {k: t.clone() if _storage(t) in going else t for k, t in newest.items()}
         return KeptLatents(newest, 1 if whole else self.age + 1, settings.sees)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from worldstride.context.dynamics import Dynamics, latent_change, window_length
 from worldstride.context.gate import PoseScores
 from worldstride.context.history import History
 from worldstride.context.policy import PolicyState, SpatialMemory, TemporalWindow
-from worldstride.context.selection import ContextPlan, Lookup, Signals, select_together, spans
+from worldstride.context.selection import ContextPlan, Lookup, Signals, bounded, select, spans
 from worldstride.context.similarity import View, added_share, clip_similarity, similarity, visible
 from worldstride.protocol import ChunkShape
 
@@ -38,66 +39,66 @@ Planned = tuple[ContextPlan, Signals, PolicyState]
 
 
 def plan_context(wanted: Wanted) -> Planned:
-    """Plan one chunk; without policies this is `select` alone, and the state is as it was."""
+    """Plan one chunk; without policies this is `selection.select` alone, and the state is as it was."""
     return plan_contexts([wanted])[0]
 
 
 def plan_contexts(wanted: Sequence[Wanted]) -> list[Planned]:
     """`plan_context` for several worlds: what comes from cameras is computed together where histories are as long."""
-    reasons = [_asked(w.lookup) for w in wanted]
-    lookups = [_windowed(w, why) for w, why in zip(wanted, reasons, strict=True)]
-    looking = [i for i, w in enumerate(wanted) if w.view is not None]
-    found = dict(zip(looking, _scores([(lookups[i], wanted[i].view) for i in looking]), strict=True))
-    states = [_gated(w, lookups, i, found.get(i), reasons[i]) for i, w in enumerate(wanted)]
-    lookups = [replace(one, reason="; ".join(why) or "full compute") for one, why in zip(lookups, reasons, strict=True)]
+    windowed = [_windowed(w) for w in wanted]
+    looking = [(i, w.view) for i, w in enumerate(wanted) if w.view is not None]
+    scores = _scores([(windowed[i], view) for i, view in looking])
+    found = {i: score for (i, _), score in zip(looking, scores, strict=True)}
+    gated = [_gated(w, one, found.get(i)) for i, (w, one) in enumerate(zip(wanted, windowed, strict=True))]
+    lookups = [replace(one, reason=one.reason or "full compute") for one, _ in gated]
     planned = list[Planned]()
-    for i, (plan, signals) in enumerate(select_together(lookups)):
+    for i, (plan, signals) in enumerate(select(lookups)):
         dynamics = wanted[i].state.dynamics if wanted[i].temporal is not None else Dynamics()
         change = dynamics.changes[-1] if dynamics.changes else None
         signals = replace(signals, change=change, dynamics=dynamics.average, pose=found.get(i))
-        planned.append((plan, signals, states[i]))
+        planned.append((plan, signals, gated[i][1]))
     return planned
 
 
-def _asked(lookup: Lookup) -> list[str]:
-    asked = [f"{name} {n}" for name, n in (("window", lookup.window), ("memory", lookup.memory)) if n is not None]
-    return [f"{' and '.join(asked)} asked for"] if asked else []
+def _because(one: Lookup, reason: str, **changes: Any) -> Lookup:
+    """The lookup with changes, and one reason more."""
+    return replace(one, reason=f"{one.reason}; {reason}" if one.reason else reason, **changes)
 
 
-def _windowed(wanted: Wanted, reasons: list[str]) -> Lookup:
+def _windowed(wanted: Wanted) -> Lookup:
     """The lookup with the window that follows the scene's change."""
     one, temporal, dynamics = wanted.lookup, wanted.temporal, wanted.state.dynamics
+    asked = [f"{name} {n}" for name, n in (("window", one.window), ("memory", one.memory)) if n is not None]
+    one = replace(one, reason=f"{' and '.join(asked)} asked for" if asked else "")
     if temporal is None:
         return one
-    longest = min(one.shape.window, one.shape.window if one.window is None else one.window)
+    longest = bounded(one.shape.window, one.window)
     window = window_length(dynamics, longest, temporal.scale, temporal.opposite, temporal.multiple)
-    if window < longest:
-        reasons.append(f"window {window} of {longest}: change {dynamics.average:.3g}, median {dynamics.median:.3g}")
-    return replace(one, window=window)
+    if window >= longest:
+        return replace(one, window=window)
+    less = f"window {window} of {longest}: change {dynamics.average:.3g}, median {dynamics.median:.3g}"
+    return _because(one, less, window=window)
 
 
-def _gated(
-    wanted: Wanted, lookups: list[Lookup], place: int, scores: PoseScores | None, reasons: list[str]
-) -> PolicyState:
-    """The next state; while exploring, the lookup at `place` gets less memory."""
-    spatial, one, state = wanted.spatial, lookups[place], wanted.state
+def _gated(wanted: Wanted, one: Lookup, scores: PoseScores | None) -> tuple[Lookup, PolicyState]:
+    """The lookup, with less memory while exploring, and the next state."""
+    spatial, state = wanted.spatial, wanted.state
     if spatial is None:
-        return state
+        return one, state
     scores = scores or PoseScores()
     revisiting = spatial.gate.decide(scores.of(spatial.score), scores.newest, state.revisiting)
-    if not revisiting:
-        whole = one.shape.memory if one.memory is None else min(one.memory, one.shape.memory)
-        memory, recall = min(whole, spatial.exploring), None if spatial.exploring < whole else one.recall
-        lookups[place] = replace(one, memory=memory, recall=recall)
-        seen = "nothing is old"
-        if scores.old is not None:
-            seen = (
-                f"old views show {scores.old:.2f}, the newest {scores.newest:.2f}, and add {scores.added:.2f} to "
-                "the window"
-            )
-        kept = f"cut to {memory}" if memory else "dropped"
-        reasons.append(f"exploring, memory {kept}: {seen}")
-    return replace(state, revisiting=revisiting)
+    state = replace(state, revisiting=revisiting)
+    if revisiting:
+        return one, state
+    whole = bounded(one.shape.memory, one.memory)
+    memory, recall = min(whole, spatial.exploring), None if spatial.exploring < whole else one.recall
+    seen = "nothing is old"
+    if scores.old is not None:
+        seen = (
+            f"old views show {scores.old:.2f}, the newest {scores.newest:.2f}, and add {scores.added:.2f} to the window"
+        )
+    kept = f"cut to {memory}" if memory else "dropped"
+    return _because(one, f"exploring, memory {kept}: {seen}", memory=memory, recall=recall), state
 
 
 def observe_change(history: History, shape: ChunkShape, weight: float, state: PolicyState) -> PolicyState:
@@ -123,13 +124,11 @@ def pose_scores(
     return _scored(cameras[None], shape, coming.cpu().float()[None, [0, -1]], view, window)[0]
 
 
-def _scores(asked: Sequence[tuple[Lookup, View | None]]) -> list[PoseScores]:
+def _scores(asked: Sequence[tuple[Lookup, View]]) -> list[PoseScores]:
     """`pose_scores` of several worlds; those with as many latents and an equal view share calls."""
     groups: dict[tuple[int, ChunkShape, int | None, int], list[int]] = {}
     views: list[View] = []
     for i, (one, view) in enumerate(asked):
-        if view is None:
-            raise ValueError("scores from cameras need a view")
         number = next((n for n, known in enumerate(views) if known.equals(view)), len(views))
         views += [view] * (number == len(views))
         groups.setdefault((len(one.history), one.shape, one.window, number), []).append(i)

@@ -62,9 +62,14 @@ class ContextPlan:
         return torch.arange(-count, 0) - clean, torch.tensor(kinds + [KINDS.index("recent")] * len(self.window))
 
 
+def bounded(most: int, asked: int | None) -> int:
+    """The model's own number, or fewer where a bound asks for fewer."""
+    return most if asked is None else min(asked, most)
+
+
 def spans(kept: int, shape: ChunkShape, window: int | None = None) -> tuple[int, int]:
     """Numbers of sink and recent latents among `kept` ones; between them lies what may be retrieved."""
-    recent = min(shape.window if window is None else min(window, shape.window), kept)
+    recent = min(bounded(shape.window, window), kept)
     return min(shape.sink, kept - recent), recent
 
 
@@ -93,24 +98,14 @@ class Lookup:
         """Latents before the chunk; of them in the sink, recent and to be retrieved."""
         kept = len(self.history) - self.shape.clean
         sink, recent = spans(kept, self.shape, self.window)
-        wanted = self.shape.memory if self.memory is None else min(self.memory, self.shape.memory)
-        return kept, sink, recent, min(wanted, kept - recent - sink)
+        return kept, sink, recent, min(bounded(self.shape.memory, self.memory), kept - recent - sink)
 
 
-def select(
-    history: History, shape: ChunkShape, coming: Tensor, points: Tensor, intrinsics: Tensor,
-    window: int | None = None, memory: int | None = None, reason: str = "full compute",
-    recall: Sequence[int] | None = None,
-) -> tuple[ContextPlan, Signals]:  # fmt: skip
-    """Plan a chunk with cameras coming [F, 4, 4]; `window` and `memory` reduce what full compute would keep.
+def select(lookups: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
+    """Choose the context of several worlds' chunks, those with as many latents in one call.
 
-    The re-imposed latents at the head of the chunk are part of the chunk, not of its context. See `Lookup`.
+    The re-imposed latents at the head of a chunk are part of the chunk, not of its context.
     """
-    return select_together([Lookup(history, shape, coming, points, intrinsics, window, memory, reason, recall)])[0]
-
-
-def select_together(lookups: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
-    """`select` for several worlds, those with as many latents in one call."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, one in enumerate(lookups):
         groups.setdefault((one.counts, one.shape, one.points.shape), []).append(i)
