@@ -18,7 +18,7 @@ from torch import Tensor
 import worldstride
 from worldstride import rope, worlds
 from worldstride.attention import attend, reference
-from worldstride.attention.dense import SAMPLED
+from worldstride.attention.written import SAMPLED
 from worldstride.camera import camera_from_pose, intrinsics_from_fov, rays
 from worldstride.errors import InputError
 from worldstride.models.courtyard import geometry as geometry_of

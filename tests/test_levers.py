@@ -17,6 +17,8 @@ from conftest import TINY
 from walking import FORWARD, MOVES, TURN, first_frames
 from worldstride import Acceleration, ChunkReport, Engine
 from worldstride.acceleration import PRESETS, AttentionReuse
+from worldstride.attention import Partial
+from worldstride.attention.written import in_float32
 from worldstride.camera import camera_from_pose
 from worldstride.context.kept import KeptContext
 from worldstride.context.policy import SpatialMemory, TemporalWindow
@@ -193,9 +195,10 @@ def test_full_compute_has_no_levers(tiny_engine: Engine, name: str):
     assert levers(PRESETS[name], tiny_engine.model.chunk(1), played(tiny_engine, PRESETS[name], 2)) == []
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> Any:
     """Attention by matrix products, which the counter sees."""
-    return torch.matmul((torch.matmul(q, k.mT) * q.shape[-1] ** -0.5).softmax(-1), v)
+    out, total = in_float32(q, k, v, None, lse)
+    return out if total is None else Partial(out, total)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride import rope
-from worldstride.attention import Attend, Partial, attend_partial, merge
+from worldstride.attention import Attend, Partial, merge
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import FEATURES, Geometry, projective_channels
 
@@ -94,12 +94,12 @@ class Block(nn.Module):
         if context is None:
             return attend(q, k, v), None
         if isinstance(context, Partial):
-            return merge(context, attend_partial(q, k, v)), context
+            return merge(context, attend(q, k, v, lse=True)).out, context
         share = q.shape[0] // context[0].shape[0]
         past_k, past_v = (t.repeat_interleave(share, 0) if share > 1 else t for t in context)
         if split:
-            outer = attend_partial(q, past_k, past_v)
-            return merge(outer, attend_partial(q, k, v)), outer
+            outer = attend(q, past_k, past_v, lse=True)
+            return merge(outer, attend(q, k, v, lse=True)).out, outer
         return attend(q, torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)), None
 
     def _place(

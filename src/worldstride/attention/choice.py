@@ -1,0 +1,197 @@
+"""Dense attention by the fastest way that was measured on the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from worldstride.attention import choices
+from worldstride.attention.backends import BACKENDS, Backend, Need, capability, need_of, unmeasured
+from worldstride.attention.dense import check, compute
+from worldstride.attention.measuring import (
+    MEASURED_KEYS,
+    MEASURED_QUERIES,
+    MEASURED_ROWS,
+    Measurement,
+    Place,
+    Timer,
+    Timing,
+    measure,
+    place_of,
+)
+from worldstride.attention.partial import Partial, merge
+from worldstride.errors import InputError, integer_from
+
+KEY_BUCKET = 2048
+"""Keys of which backends with plans are given whole multiples, unless their exact number was announced."""
+SPLIT_FROM = 2 * KEY_BUCKET
+"""Keys below which attention is never computed in two parts: one part's overhead would eat what the other saves."""
+WORTH = 1.1
+"""A backend without plans within this ratio of one with plans is as good as that in two parts."""
+
+
+class Dense:
+    """An `Attend` that picks the fastest measured backend for the sizes it is given.
+
+    Nothing changes it, and `torch.compile` can trace it: a choice depends on sizes only. Where nothing was measured (on
+    a CPU, for other precisions, head dims or devices) it is `dense.attend`.
+
+    Some backends (cuDNN) build a plan for each new number of keys, some 40 ms of work on the host, which a context that
+    grows would pay for in every chunk. They are given whole multiples of `KEY_BUCKET` keys; the rest goes to a backend
+    without plans, and both parts are merged by log-sum-exp. Below `SPLIT_FROM` keys, or where that is as fast, all of
+    them go to a backend without plans. Numbers of keys that come again and again can be announced (`plan`) and get
+    plans of their own.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        measured: Measurement | None = None,
+        key_lengths: Iterable[int] = (),
+        *,
+        backends: Mapping[str, Backend] = BACKENDS,
+        origin: str = "",
+    ) -> None:
+        """`measured` None goes by a static rule; `origin` says where choices are kept, or why there are none."""
+        self.device, self.dtype, self.measurement, self.backends, self.origin = (
+            device,
+            dtype,
+            measured,
+            backends,
+            origin,
+        )
+        self.key_lengths = _lengths(key_lengths)
+        self._times = {} if measured is None else dict(measured.times)
+
+    @classmethod
+    def measured(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dims: Sequence[int] = (64, 128),
+        cache: str | Path | None = None,
+        *,
+        backends: Mapping[str, Backend] = BACKENDS,
+        timer: Timer | None = None,
+    ) -> Dense:
+        """Choices for a CUDA device: from a file, or measured in a few seconds and written there.
+
+        Args:
+            device: where attention is computed. On a CPU nothing is measured, unless a timer is given.
+            dtype: precision of queries, keys and values.
+            head_dims: channels of heads to measure.
+            cache: the file; None takes one in the user's cache folder (`choices.default_file`). A file that is absent,
+                damaged, or of another device or other versions is written anew; one that cannot be written is no error.
+            backends: what there is to choose from.
+            timer: takes a call's milliseconds; None takes CUDA events.
+        """
+        if device.type != "cuda" and timer is None:
+            return cls(device, dtype, backends=backends, origin="where nothing is measured")
+        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return cls(device, dtype, backends=backends, origin="as nothing is measured inside a graph")
+        file = choices.default_file(device, dtype) if cache is None else Path(cache)
+        found, origin = choices.load(file, device, dtype, head_dims, backends), f"kept in {file}"
+        if found is None:
+            found = measure(device, dtype, head_dims, backends.values(), timer)
+            try:
+                choices.store(file, found, device, dtype, head_dims)
+            except (OSError, InputError) as error:
+                origin = f"not kept: {error}"
+        return cls(device, dtype, found, backends=backends, origin=origin)
+
+    def plan(self, key_lengths: Iterable[int]) -> Dense:
+        """The same, with more numbers of keys that come again and again and are worth a plan each.
+
+        Raises `InputError` on numbers that are no integers from 1.
+        """
+        other = copy.copy(self)
+        other.key_lengths = _lengths([*self.key_lengths, *key_lengths])
+        return other
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
+    ) -> Partial: ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: bool = False
+    ) -> Tensor | Partial:
+        """See `dense.attend`."""
+        check(q, k, v, bias)
+        out, total = self._attended(q, k, v, bias, lse)
+        return out if total is None else Partial(out, total)
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        keys = k.shape[2]
+        best = self._fastest(q, keys, bias, lse)
+        if best is None:
+            return compute(unmeasured(need_of(q, bias), lse), q, k, v, bias, lse)
+        cut = keys // KEY_BUCKET * KEY_BUCKET
+        if not best.plans or keys == cut or self._announced(keys):
+            return compute(self.backends[best.backend], q, k, v, bias, lse)
+        free = self._fastest(q, keys, bias, lse, plans=False)
+        first, rest = self._fastest(q, keys, bias, True), self._fastest(q, keys - cut, bias, True, plans=False)
+        enough = free is not None and (keys < SPLIT_FROM or (first is not None and free.ms <= WORTH * first.ms))
+        if enough or first is None or rest is None:
+            return compute(self.backends[(free or best).backend], q, k, v, bias, lse)
+        whole = merge(self._part(first, q, k, v, bias, slice(cut)), self._part(rest, q, k, v, bias, slice(cut, None)))
+        return whole.out, whole.lse if lse else None
+
+    def _part(self, timing: Timing, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, some: slice) -> Partial:
+        """Attention to some of the keys."""
+        own = None if bias is None else bias[..., some]
+        out, lse = compute(self.backends[timing.backend], q, k[:, :, some], v[:, :, some], own, True)
+        if lse is None:
+            raise TypeError(f"backend {timing.backend!r} gave no log-sum-exp, but says that it can")
+        return Partial(out, lse)
+
+    def _fastest(self, q: Tensor, keys: int, bias: Tensor | None, lse: bool, plans: bool = True) -> Timing | None:
+        """The fastest backend that gives what is asked for, with `plans` False of those without; None if unmeasured."""
+        if q.device.type != self.device.type or q.dtype != self.dtype:
+            return None
+        place = place_of(q.shape[3], q.shape[0] * q.shape[1], q.shape[2], keys, bias is not None)
+        for timing in self._times.get(place, ()):
+            if (self.backends[timing.backend].lse or not lse) and (plans or not timing.plans):
+                return timing
+        return None
+
+    def _announced(self, keys: int) -> bool:
+        return any(keys == length for length in self.key_lengths)  # comparisons leave `keys` open to a compiler
+
+    def describe(self) -> list[str]:
+        """What is chosen, by which times, and what is left out; a line each."""
+        if self.measurement is None:
+            need = Need(self.device.type, capability(self.device), self.dtype, 64, False)
+            ways = [unmeasured(need, lse).name for lse in (False, True)]
+            rule = f"the rule for {self.dtype} on {self.device.type}{self.origin and ', '}{self.origin}"
+            return [f"{ways[0]}, with log-sum-exp {ways[1]}: {rule}"]
+        lines = [_line(place, found) for place, found in self.measurement.times.items()]
+        left = [f"left out: {what}: {why}" for what, why in self.measurement.refused.items()]
+        return [*lines, f"measured {self.measurement.date}, {self.origin or 'not kept'}", *left]
+
+
+def _line(place: Place, found: Sequence[Timing]) -> str:
+    sizes = f"{MEASURED_ROWS[place.rows]} heads of {place.head_dim}, {MEASURED_QUERIES[place.queries]} queries, "
+    sizes += f"{MEASURED_KEYS[place.keys]} keys" + (" with a bias" if place.bias else "")
+    times = [f"{t.backend} {t.ms:.3g} ms" for t in found]
+    return f"{sizes}: {times[0]}" + (f" ({', '.join(times[1:])})" if times[1:] else "")
+
+
+def _lengths(key_lengths: Iterable[int]) -> tuple[int, ...]:
+    lengths = dict.fromkeys(key_lengths)
+    for length in lengths:
+        integer_from("a number of keys", length, 1)
+    return tuple(lengths)

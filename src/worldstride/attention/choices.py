@@ -1,0 +1,101 @@
+"""Measured choices of dense attention in a file, so that a device is measured once.
+
+The file holds what it was measured with; where anything of that has changed, it is stale.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+
+from worldstride._version import __version__
+from worldstride.atomic import atomic_write
+from worldstride.attention import measuring
+from worldstride.attention.backends import capability
+from worldstride.attention.measuring import Measurement, Place, Timing
+
+FORMAT = "worldstride attention 1"
+
+
+def default_file(device: torch.device, dtype: torch.dtype) -> Path:
+    """Where choices are kept unless another file is named: one a kind of GPU and precision, in the user's cache."""
+    gpu = "".join(c if c.isalnum() else "-" for c in made_with(device)["device"].lower())
+    name = f"attention-{gpu}-{str(dtype).removeprefix('torch.')}.json"
+    return platformdirs.user_cache_path("worldstride", appauthor=False) / name
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """Everything that a choice depends on besides the sizes."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "capability": ".".join(map(str, capability(device))),
+        "torch": torch.__version__,
+        "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
+        "triton": triton_version() or "none",
+        "worldstride": __version__,
+    }
+
+
+def triton_version() -> str | None:
+    """Version of the installed Triton, which is not imported to find out; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # builds for other devices have other names
+        return "of unknown version"
+
+
+def store(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> None:
+    """Write choices; the folder is made. Raises `InputError` or `OSError` where the system refuses."""
+    rows = [[*place, [list(t) for t in found]] for place, found in measured.times.items()]
+    whole = {**_header(device, dtype), "head_dims": list(dims), "date": measured.date}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as temporary:
+        text = json.dumps({**whole, "refused": dict(measured.refused), "times": rows}, indent=1)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load(
+    file: Path, device: torch.device, dtype: torch.dtype, dims: Sequence[int], known: Collection[str]
+) -> Measurement | None:
+    """Choices from a file; None where it is absent, damaged, of other things, or names unknown backends."""
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        header = _header(device, dtype)
+        if any(found[name] != value for name, value in header.items()) or not {*dims} <= {*found["head_dims"]}:
+            return None
+        times = {_place(*row[:-1]): tuple(_timing(known, *t) for t in row[-1]) for row in found["times"]}
+        if not all(times.values()):
+            return None
+        refused = {str(name): str(why) for name, why in found["refused"].items()}
+        return Measurement(str(found["date"]), times, refused)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # measured again
+
+
+def _header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    grid = [measuring.MEASURED_ROWS, measuring.MEASURED_QUERIES, measuring.MEASURED_KEYS]
+    ends = [measuring.ROWS, measuring.QUERIES, measuring.KEYS]
+    grid, ends = ([list(part) for part in parts] for parts in (grid, ends))
+    return {"format": FORMAT, "made_with": made_with(device), "dtype": str(dtype), "measured_at": grid, "ranges": ends}
+
+
+def _place(head_dim: int, rows: int, queries: int, keys: int, bias: bool) -> Place:
+    if not all(type(n) is int for n in (head_dim, rows, queries, keys)) or type(bias) is not bool:
+        raise ValueError("a place is four integers and whether there is a bias")
+    return Place(head_dim, rows, queries, keys, bias)
+
+
+def _timing(known: Collection[str], backend: str, ms: float, plans: bool) -> Timing:
+    if backend not in known or not ms > 0 or type(plans) is not bool:
+        raise ValueError("a timing is a known backend, milliseconds and whether there are plans")
+    return Timing(backend, float(ms), plans)

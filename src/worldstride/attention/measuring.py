@@ -1,0 +1,227 @@
+"""Which way of dense attention is fastest on a device: a few sizes, measured once.
+
+Time depends on sizes smoothly, so ranges of them stand for what lies inside, one size measured in each.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worldstride.attention.backends import Backend, Need, capability
+from worldstride.attention.dense import compute, reference
+
+ROWS, QUERIES, KEYS = (8,), (1024,), (2048, 16384)
+"""Upper ends of ranges of batch times heads, queries and keys; the last range has none."""
+MEASURED_ROWS, MEASURED_QUERIES, MEASURED_KEYS = (4, 24), (512, 4096), (1024, 8192, 32768)
+"""What is measured in each range."""
+RAGGED = (3, 200, 333)
+"""Batch times heads, queries and keys of the check with every argument: no multiples of a kernel's tiles."""
+WRONG = 2e-2
+"""Relative error against float32 above which a backend is left out."""
+TIE = 1.03
+"""Backends within this ratio of the fastest count as being as fast."""
+REPEATS, ENOUGH_MS = 15, 20.0
+"""Runs that a time is the median of; fewer where they last long together."""
+
+Timer = Callable[[Callable[[], object]], float]
+"""Milliseconds that a call takes."""
+
+
+class Place(NamedTuple):
+    """Sizes that share a choice: head dim and numbers of ranges."""
+
+    head_dim: int
+    rows: int
+    queries: int
+    keys: int
+    bias: bool
+
+
+class Timing(NamedTuple):
+    """A backend at a place."""
+
+    backend: str
+    ms: float
+    plans: bool
+    """Whether a new key length costs it a plan there."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of everything that was tried."""
+
+    date: str
+    """When, UTC, ISO 8601."""
+    times: Mapping[Place, tuple[Timing, ...]] = field(default_factory=dict)
+    """At each place what works, fastest first."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """What was left out, such as "cudnn, heads of 64, bias" -> why."""
+
+
+def place_of(head_dim: int, rows: int, queries: int, keys: int, bias: bool) -> Place:
+    """The place of some sizes. With a bias one place stands for all."""
+    if bias:
+        return Place(head_dim, *_BIASED, True)
+    return Place(head_dim, _range(rows, ROWS), _range(queries, QUERIES), _range(keys, KEYS), False)
+
+
+_BIASED = (1, 1, 1)
+
+
+def _range(size: int, ends: Sequence[int]) -> int:
+    number = 0
+    for end in ends:  # plain comparisons: a compiler that traces this leaves the size open within its range
+        if size > end:
+            number += 1
+    return number
+
+
+def measure(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dims: Sequence[int],
+    backends: Iterable[Backend],
+    timer: Timer | None = None,
+) -> Measurement:
+    """Check and time backends on a device; `timer` defaults to CUDA events.
+
+    A backend that raises, or is farther than `WRONG` from float32, is left out where it does; why is kept.
+    """
+    timer = timer or (lambda call: milliseconds(call, device))
+    own, known = capability(device), list(backends)
+    times, refused = dict[Place, tuple[Timing, ...]](), dict[str, str]()
+    with torch.no_grad():
+        for head_dim, bias in product(head_dims, (False, True)):
+            trial = _Trial(device, dtype, head_dim, bias)
+            able = list[Backend]()
+            for backend in known:
+                why = backend.why_not(Need(device.type, own, dtype, head_dim, bias))
+                if why is None and backend.timed:
+                    why = _caught(partial(trial.check_all, backend))
+                if why is not None:
+                    refused[trial.label(backend)] = why
+                elif backend.timed:
+                    able.append(backend)
+            for place, sizes in _places(head_dim, bias):
+                found, wrong = trial.times(able, sizes, timer)
+                times[place] = _ranked(found)
+                refused = {**wrong, **refused}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the inputs are large
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Measurement(date, {place: found for place, found in times.items() if found}, refused)
+
+
+def _places(head_dim: int, bias: bool) -> Iterator[tuple[Place, tuple[int, int, int]]]:
+    """Places to measure, with batch times heads, queries and keys."""
+    grid = product(*(range(len(m)) for m in (MEASURED_ROWS, MEASURED_QUERIES, MEASURED_KEYS)))
+    for i, j, n in [_BIASED] if bias else grid:
+        yield Place(head_dim, i, j, n, bias), (MEASURED_ROWS[i], MEASURED_QUERIES[j], MEASURED_KEYS[n])
+
+
+def _ranked(timings: Sequence[Timing]) -> tuple[Timing, ...]:
+    """Fastest first; of those as fast as the fastest, the one that stood first."""
+    if not timings:
+        return ()
+    fast = TIE * min(t.ms for t in timings)
+    return tuple(sorted(timings, key=lambda t: 0 if t.ms <= fast else t.ms))
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call on a CUDA device, which has run before."""
+    taken = list[float]()
+    with torch.cuda.device(device):
+        while len(taken) < REPEATS and sum(taken) < ENOUGH_MS:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end))
+    return statistics.median(taken)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Inputs of one precision, head dim and kind."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    bias: bool
+
+    def label(self, backend: Backend) -> str:
+        return f"{backend.name}, heads of {self.head_dim}" + (", bias" if self.bias else "")
+
+    def inputs(self, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        rows, queries, keys = sizes
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
+
+        q, k, v = (normal(1, rows, n, self.head_dim).to(self.dtype) for n in (queries, keys, keys))
+        return q, k, v, normal(keys) if self.bias else None
+
+    def check_all(self, backend: Backend) -> str | None:
+        """Why a backend is wrong on small ragged inputs, in output or log-sum-exp; None where it is right."""
+        q, k, v, bias = self.inputs(RAGGED)
+        truth = reference(q, k, v, bias=bias, lse=True)
+        for lse in (False, True) if backend.lse else (False,):
+            out, total = compute(backend, q, k, v, bias, lse)
+            why = _wrong("output", out, truth.out)
+            if total is not None:
+                why = why or _wrong("log-sum-exp", total, truth.lse)
+            if why is not None:
+                return why
+        return None
+
+    def times(
+        self, backends: Sequence[Backend], sizes: tuple[int, int, int], timer: Timer
+    ) -> tuple[list[Timing], dict[str, str]]:
+        """Times at some sizes of the backends that are right there, and why the others are not."""
+        found, refused, shown = list[Timing](), dict[str, str](), " x ".join(map(str, sizes))
+        try:
+            q, k, v, bias = self.inputs(sizes)
+            # a few queries of the first and the last head tell whether every key was read
+            ends, last = slice(None, None, sizes[0] - 1), slice(-16, None)
+            truth = reference(q[:, ends, last], k[:, ends], v[:, ends], bias=bias)
+        except torch.OutOfMemoryError:  # a full device goes by the rule that measures nothing
+            return found, {f"{shown}, heads of {self.head_dim}": "not enough memory to measure"}
+
+        def tried(backend: Backend) -> str | None:
+            call = partial(compute, backend, q, k, v, bias, False)
+            why = _wrong("output", call()[0][:, ends, last], truth)  # builds what has to be built, too
+            if why is None:
+                plans = backend.needs_plan(q, k, v, bias if bias is None else bias[None, None, None])
+                found.append(Timing(backend.name, timer(call), plans))
+            return why
+
+        for backend in backends:
+            why = _caught(partial(tried, backend))
+            if why is not None:
+                refused[self.label(backend)] = f"{why} ({shown})"
+        return found, refused
+
+
+def _caught(check: Callable[[], str | None]) -> str | None:
+    """What a check says, or what it raises."""
+    try:
+        return check()
+    except Exception as error:  # whatever a kernel or its compiler raises, attention goes another way
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"
+
+
+def _wrong(what: str, got: Tensor, truth: Tensor) -> str | None:
+    error = float((got.double() - truth).norm() / truth.norm())
+    return None if error <= WRONG else f"its {what} is off by {error:.2g} of its size"  # so is what is no number
