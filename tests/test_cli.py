@@ -47,6 +47,8 @@ def test_version_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         "default device:",
         "number format:",
         "attention:",
+        "log-sum-exp",
+        "triton:",
         "courtyard weights:",
         "av:",
     ):

@@ -17,6 +17,7 @@ from torch import Tensor
 from worldstride import noise as noises
 from worldstride import worlds
 from worldstride.acceleration import Acceleration, resolve
+from worldstride.attention import Dense
 from worldstride.camera import camera_from_pose, check_cameras
 from worldstride.context.history import History
 from worldstride.context.retrieval import frustum_points
@@ -50,15 +51,22 @@ class Engine:
 
     def __init__(
         self, model: WorldModel, source: EngineSource, acceleration: Acceleration,
-        controls: ControlSettings | None = None,
+        controls: ControlSettings | None = None, attention: Dense | None = None,
     ) -> None:  # fmt: skip
         self.model, self.source, self.acceleration = model, source, acceleration
-        self.controls = controls or ControlSettings()
+        self.controls, self._attention = controls or ControlSettings(), attention
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.model.device
+
+    @property
+    def attention(self) -> Dense:
+        """How tokens attend. A GPU's choices are read, or measured in a few seconds, when they are first asked for."""
+        if self._attention is None:
+            self._attention = Dense.measured(self.device, getattr(torch, self.source.dtype))
+        return self._attention
 
     @property
     def frame_size(self) -> tuple[int, int]:

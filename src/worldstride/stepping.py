@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldstride import noise as noises
 from worldstride.acceleration import Acceleration
-from worldstride.attention import attend
+from worldstride.attention import Attend
 from worldstride.context.kept import clips, encode_kept
 from worldstride.context.policy import PolicyState
 from worldstride.context.selection import ContextPlan, Signals, bounded
@@ -136,6 +136,10 @@ class _Batch:
     def model(self) -> WorldModel:
         return self.pending[0].session.engine.model
 
+    @property
+    def attend(self) -> Attend:
+        return self.pending[0].session.engine.attention
+
     def latents(self, places: Sequence[int]) -> Tensor:
         """Latents [B, n, ...] of some places of the context."""
         model = self.model
@@ -158,12 +162,12 @@ class _Batch:
         if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
             actions = [first.state.history.entries[i].action for i in first.context.rows]
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
-            context = model.encode_context(latents, cameras, actions, positions, kinds, None, attend)
+            context = model.encode_context(latents, cameras, actions, positions, kinds, None, self.attend)
             return context, [()] * len(self.pending)
         old = [_records(p) for p in self.pending]
         kept = [[of.get(i) for of in old] for i in every]
         context, made = encode_kept(
-            model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, attend
+            model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, self.attend
         )
         records = list[tuple[Tensor, ...]]()
         for b, of in enumerate(old):
@@ -222,6 +226,7 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     """Make chunks with equal keys; sessions are not touched. Results are in the order of `group`."""
     batch = _Batch(group)
     model, count = batch.model, len(group)
+    attend = batch.attend  # may have to be measured, before clocks run
     watch = Stopwatch(model.device)
     latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
     watch.mark()

@@ -7,9 +7,10 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from worldstride.attention import Dense
+from worldstride.attention.backends import capability
+from worldstride.attention.choices import triton_version
 from worldstride.bench.environment import hardware, versions
 from worldstride.engine import pick_device, pick_dtype
 from worldstride.errors import CheckpointError
@@ -38,7 +39,9 @@ class Doctor:
             _say(f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB")
         _say("default device", device)
         _say("number format", str(dtype).removeprefix("torch."))
-        _say("attention", attention_path(device, dtype))
+        for line in Dense.measured(device, dtype).describe():
+            _say("attention", line)
+        _say("triton", kernels(device))
         try:
             file = shipped()
             _say("courtyard weights", f"{file}, {file.stat().st_size / 1e6:.1f} MB")
@@ -51,20 +54,17 @@ class Doctor:
         return 0
 
 
-def attention_path(device: torch.device, dtype: torch.dtype) -> str:
-    """How dense attention computes here: for torch's own, the kernels that heads of 64 channels can take."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return "products of matrices, block by block (worldstride.attention.dense)"
-    q = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
-    works = []
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        try:
-            with sdpa_kernel(getattr(SDPBackend, name)):
-                F.scaled_dot_product_attention(q, q, q)
-        except RuntimeError:  # torch's way of saying that a kernel does not exist here
-            continue
-        works.append(name.lower().replace("_", " "))
-    return f"torch scaled_dot_product_attention ({', '.join(works)})"
+def kernels(device: torch.device) -> str:
+    """Whether kernels written in Triton can run here, and why not otherwise."""
+    version = triton_version()
+    if version is None:
+        return "not installed; attention goes without kernels of its own: pip install triton"
+    if device.type != "cuda":
+        return f"{version}, without use: kernels need a CUDA GPU, the default device is {device.type}"
+    own = capability(device)
+    if own < (8, 0):
+        return f"{version}, without use: kernels need compute capability 8.0, {device} has {own[0]}.{own[1]}"
+    return f"{version} (kernels of attention)"
 
 
 def _say(name: str, value: object) -> None:
