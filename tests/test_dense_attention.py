@@ -481,7 +481,11 @@ def test_what_was_chosen_is_described():
     fake.backends["bad"] = Backend("bad", lambda need: "it is for nothing", written.in_float32)
     found = measure(CPU, FLOAT, [16], fake.backends.values(), Clock(fake, one=2.0, two=10.625))
     lines = Dense(CPU, FLOAT, found, backends=fake.backends, origin="kept in x.json").describe()
-    assert any("heads of 16" in line and line.endswith("keys: one 2 ms (two 10.6 ms)") for line in lines)
+    times = "one {} (2 ms, two 10.6)"
+    ranges = ", ".join(times.format(reach) for reach in ("to 2048 keys", "to 16384 keys", "beyond"))
+    assert lines[:2] == [
+        f"24 heads of 16, 4096 queries: {ranges}", f"24 heads of 16, 4096 queries: {times.format('with a bias')}"
+    ]  # fmt: skip
     assert f"measured {found.date}, kept in x.json" in lines
     assert "left out: bad, heads of 16: it is for nothing" in lines
 

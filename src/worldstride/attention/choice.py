@@ -14,6 +14,7 @@ from worldstride.attention import choices
 from worldstride.attention.backends import BACKENDS, Backend, Need, capability, need_of, unmeasured
 from worldstride.attention.dense import check, compute
 from worldstride.attention.measuring import (
+    KEYS,
     MEASURED_KEYS,
     MEASURED_QUERIES,
     MEASURED_ROWS,
@@ -172,22 +173,27 @@ class Dense:
         return any(keys == length for length in self.key_lengths)  # comparisons leave `keys` open to a compiler
 
     def describe(self) -> list[str]:
-        """What is chosen, by which times, and what is left out; a line each."""
+        """What is chosen for many heads and queries, by which times, and what is left out; a line each."""
         if self.measurement is None:
             need = Need(self.device.type, capability(self.device), self.dtype, 64, False)
             ways = [unmeasured(need, lse).name for lse in (False, True)]
             rule = f"the rule for {self.dtype} on {self.device.type}{self.origin and ', '}{self.origin}"
             return [f"{ways[0]}, with log-sum-exp {ways[1]}: {rule}"]
-        lines = [_line(place, found) for place, found in self.measurement.times.items()]
+        kinds = sorted({(place.bias, place.head_dim) for place in self._times})
+        lines = [_line(self._times, head_dim, bias) for bias, head_dim in kinds]
         left = [f"left out: {what}: {why}" for what, why in self.measurement.refused.items()]
         return [*lines, f"measured {self.measurement.date}, {self.origin or 'not kept'}", *left]
 
 
-def _line(place: Place, found: Sequence[Timing]) -> str:
-    sizes = f"{MEASURED_ROWS[place.rows]} heads of {place.head_dim}, {MEASURED_QUERIES[place.queries]} queries, "
-    sizes += f"{MEASURED_KEYS[place.keys]} keys" + (" with a bias" if place.bias else "")
-    times = [f"{t.backend} {t.ms:.3g} ms" for t in found]
-    return f"{sizes}: {times[0]}" + (f" ({', '.join(times[1:])})" if times[1:] else "")
+def _line(times: Mapping[Place, Sequence[Timing]], head_dim: int, bias: bool) -> str:
+    rows, queries, words = MEASURED_ROWS[-1], MEASURED_QUERIES[-1], list[str]()
+    for size, end in zip(MEASURED_KEYS, (*KEYS, None), strict=True):
+        found = times.get(place_of(head_dim, rows, queries, size, bias), ())
+        if found and not (bias and words):  # with a bias one place stands for all
+            reach = "with a bias" if bias else "beyond" if end is None else f"to {end} keys"
+            others = "".join(f", {t.backend} {t.ms:.3g}" for t in found[1:])
+            words.append(f"{found[0].backend} {reach} ({found[0].ms:.3g} ms{others})")
+    return f"{rows} heads of {head_dim}, {queries} queries: {', '.join(words)}"
 
 
 def _lengths(key_lengths: Iterable[int]) -> tuple[int, ...]:
