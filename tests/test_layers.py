@@ -138,6 +138,7 @@ def look():
         "filters": len(warnings.filters),
         "hook": sys.excepthook is sys.__excepthook__,
         "path": list(sys.path),
+        "compiler of kernels": "triton" in sys.modules,
     }
 
 before = look()
