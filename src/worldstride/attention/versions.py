@@ -1,0 +1,51 @@
+"""Which kernels the installed Triton and the device can run. Triton is not imported to find out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+TRITON = (3, 4)
+"""Oldest Triton with tensor descriptors made by the host."""
+GLUON = ((3, 6), (3, 7))
+"""Tritons whose Gluon the warp-specialised kernel was written for and measured with: from, up to and without. Gluon is
+experimental and changes from minor version to minor version; any other Triton takes the plain kernel."""
+
+
+def _installed() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # builds for other devices have other names
+        return "of unknown version"
+
+
+INSTALLED = _installed()
+"""Version of the installed Triton; None where there is none. A constant, which `torch.compile` sees through."""
+
+
+def _numbers(version: str | None) -> tuple[int, int]:
+    major, _, rest = (version or "").partition(".")
+    minor = rest.partition(".")[0]
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+_VERSION = _numbers(INSTALLED)
+
+
+def unusable(how: str, capability: tuple[int, int]) -> str:
+    """Why a kernel ("triton" or "gluon") cannot run on a device of such a capability; empty where it can."""
+    if INSTALLED is None:
+        return "triton is not installed"
+    if _VERSION < TRITON:
+        return f"it needs triton {TRITON[0]}.{TRITON[1]} or newer, installed is {INSTALLED}"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or higher, the device has {capability[0]}.{capability[1]}"
+    if how == "gluon":
+        if capability[0] != 9:
+            return f"it is written for compute capability 9.x, the device has {capability[0]}.{capability[1]}"
+        if not GLUON[0] <= _VERSION < GLUON[1]:
+            oldest, newest = (".".join(map(str, v)) for v in GLUON)
+            return f"it was measured with triton {oldest} up to, not with, {newest}; installed is {INSTALLED}"
+    return ""
