@@ -1,0 +1,112 @@
+"""What attention costs on a device, measured once and kept in a file beside the choices of dense attention."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from worldstride.atomic import atomic_write
+from worldstride.attention import choices
+from worldstride.attention.cost import Rates, fit
+from worldstride.attention.dense import Attend
+from worldstride.attention.layout import runs
+from worldstride.attention.measuring import milliseconds
+from worldstride.attention.partial import Partial, merge
+from worldstride.attention.preparation import KeyCache, prepare_queries
+from worldstride.attention.selection import BlockList, Selection, select
+from worldstride.attention.sparse import attend_blocks, implementation
+from worldstride.errors import InputError
+
+FORMAT = "worldstride attention rates 1"
+HEADS, QUERIES, KEYS = 24, 4096, 16384
+"""Measured sizes: enough tiles for several turns of any GPU."""
+LISTED = (32, 128)
+"""Blocks of keys listed for each block of queries in the two measurements that a line is laid through."""
+
+
+def measured(
+    dense: Attend, device: torch.device, dtype: torch.dtype, channels: int, cache: str | Path | None = None
+) -> Rates | None:
+    """Rates of a CUDA device: from a file, or measured in a second and written there; None without a sparse kernel.
+
+    Args:
+        dense: what attends densely there.
+        device: where attention is computed.
+        dtype: precision of queries, keys and values.
+        channels: channels of a head.
+        cache: the file; None takes one in the user's cache folder. One that is absent, damaged, or of another device
+            or other versions is written anew; one that cannot be written is no error.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    if implementation(torch.empty(1, 1, 1, channels, device=device, dtype=dtype)) == "gather":
+        return None
+    file = choices.default_file(device, dtype) if cache is None else Path(cache)
+    file = file.with_name(f"rates-{channels}-{file.name}")
+    header = {"format": FORMAT, **choices.made_with(device), "dtype": str(dtype), "channels": channels}
+    found = _load(file, header)
+    if found is None:
+        found = measure(dense, device, dtype, channels)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file) as temporary:
+                temporary.write_text(json.dumps({**header, "rates": asdict(found)}, indent=1), encoding="utf-8")
+        except (OSError, InputError):
+            pass  # measured again the next time
+    return found
+
+
+@torch.no_grad()
+def measure(dense: Attend, device: torch.device, dtype: torch.dtype, channels: int) -> Rates:
+    """Time dense attention, the sparse kernel at two densities, a selection and a merge."""
+    draw = torch.Generator(device).manual_seed(0)
+
+    def normal(tokens: int) -> torch.Tensor:
+        return torch.randn(1, HEADS, tokens, channels, device=device, generator=draw).to(dtype)
+
+    q, k, v = normal(QUERIES), normal(KEYS), normal(KEYS)
+    queries, keys = runs(QUERIES).to(device), runs(KEYS).to(device)
+    cache = KeyCache([keys], 1, HEADS, channels, dtype, joined=keys)
+    cache.write(0, k, v)
+    rule = Selection("mean", keep=0.25)
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    turns = math.ceil(HEADS * queries.blocks / units)
+
+    def listing(count: int) -> BlockList:
+        order = torch.rand(1, HEADS, queries.blocks, keys.blocks, device=device, generator=draw).argsort(-1).int()
+        order[..., :count] = order[..., :count].sort(-1).values
+        counts = torch.full((1, HEADS, queries.blocks, 2), count, dtype=torch.int32, device=device)
+        return BlockList(order, counts)
+
+    def choosing() -> BlockList:
+        return select(prepare_queries(q, queries).summary, cache.summary, queries, keys, rule)
+
+    lists = [listing(n) for n in LISTED]
+    times = [
+        milliseconds(lambda some=some: attend_blocks(q, cache.k, cache.v, some, queries, keys), device)
+        for some in lists
+        if attend_blocks(q, cache.k, cache.v, some, queries, keys)  # compiles it
+    ]
+    choosing()
+    part = Partial(q, torch.zeros(q.shape[:3], device=device))
+    merge(part, part)
+    dense(q, k, v)
+    full = milliseconds(lambda: dense(q, k, v), device)
+    block, tile = fit((times[0], times[1]), LISTED, turns)
+    merging = 3 * q.numel() * q.element_size() / milliseconds(lambda: merge(part, part), device) / 1e6
+    flops = 4 * HEADS * QUERIES * KEYS * channels
+    return Rates(units, flops / full / 1e9, block, tile, 1e3 * milliseconds(choosing, device), merging)
+
+
+def _load(file: Path, header: dict[str, object]) -> Rates | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if any(found[name] != value for name, value in header.items()):
+            return None
+        return Rates(**found["rates"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
