@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from worldstride.attention import written
+from worldstride.attention import ops, versions, written
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
 """(q [B, H, Nq, E], k, v [B, H, Nk, E], bias, lse) -> output [B, H, Nq, E] and, with lse, log-sum-exp [B, H, Nq] in
@@ -111,6 +111,20 @@ def _nothing(need: Need) -> str | None:
     return None
 
 
+def _own_lacks(need: Need) -> str | None:
+    lack = _lacks(need, (8, 0), _HALF, 128)
+    if lack is None and need.head_dim not in (64, 128):
+        return "it needs heads of 64 or 128 channels"
+    return lack or versions.unusable("triton", need.capability) or None
+
+
+def _own(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> tuple[Tensor, Tensor | None]:
+    how = "triton" if versions.unusable("gluon", capability(q.device)) else "gluon"
+    extra = None if bias is None else bias[:, :, 0]
+    out, total = ops.attend_all(*_dense_channels(q, k, v), extra, how)
+    return out, total if lse else None
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> tuple[Tensor, Tensor | None]:
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
@@ -148,6 +162,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         backend.name: backend
         for backend in (
             Backend("blocked", _blocked_lacks, written.blocked, timed=False),
+            Backend("worldstride", _own_lacks, _own),
             Backend("flash", _flash_lacks, _flash),
             Backend("efficient", _efficient_lacks, _efficient),
             Backend("sdpa", _nothing, _sdpa, lse=False, plans="as torch chooses"),

@@ -5,8 +5,6 @@ The file holds what it was measured with; where anything of that has changed, it
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 
 from worldstride._version import __version__
 from worldstride.atomic import atomic_write
-from worldstride.attention import measuring
+from worldstride.attention import measuring, versions
 from worldstride.attention.backends import capability
 from worldstride.attention.measuring import Measurement, Place, Timing
 
@@ -39,19 +37,9 @@ def made_with(device: torch.device) -> dict[str, str]:
         "capability": ".".join(map(str, capability(device))),
         "torch": torch.__version__,
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
-        "triton": triton_version() or "none",
+        "triton": versions.INSTALLED or "none",
         "worldstride": __version__,
     }
-
-
-def triton_version() -> str | None:
-    """Version of the installed Triton, which is not imported to find out; None where there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # builds for other devices have other names
-        return "of unknown version"
 
 
 def store(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from worldstride.attention import Dense
 from worldstride.attention.backends import capability
-from worldstride.attention.choices import triton_version
+from worldstride.attention.versions import INSTALLED, unusable
 from worldstride.bench.environment import hardware, versions
 from worldstride.engine import pick_device, pick_dtype
 from worldstride.errors import CheckpointError
@@ -56,15 +56,13 @@ class Doctor:
 
 def kernels(device: torch.device) -> str:
     """Whether kernels written in Triton can run here, and why not otherwise."""
-    version = triton_version()
-    if version is None:
+    if INSTALLED is None:
         return "not installed; attention goes without kernels of its own: pip install triton"
     if device.type != "cuda":
-        return f"{version}, without use: kernels need a CUDA GPU, the default device is {device.type}"
-    own = capability(device)
-    if own < (8, 0):
-        return f"{version}, without use: kernels need compute capability 8.0, {device} has {own[0]}.{own[1]}"
-    return f"{version} (kernels of attention)"
+        return f"{INSTALLED}, without use: kernels need a CUDA GPU, the default device is {device.type}"
+    lacks = {how: unusable(how, capability(device)) for how in ("gluon", "triton")}
+    words = [f"{how}: {lack}" if lack else f"{how} kernel of block-sparse attention" for how, lack in lacks.items()]
+    return f"{INSTALLED} ({'; '.join(words)})"
 
 
 def _say(name: str, value: object) -> None:
