@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "noise": set(),
-    "acceleration": {"atomic", "context", "denoising", "errors"},
+    "acceleration": {"atomic", "attention", "context", "denoising", "errors"},
     "atomic": {"errors"},
     "control": {"errors"},
     "savefile": {"atomic", "errors"},
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": PRIMITIVES | {"control", "protocol", "denoising.schedule"},
     "context": POLICIES,
     "denoising": POLICIES | {"context.gate"},
-    "report": {"context", "denoising"},
+    "report": {"attention", "context", "denoising"},
     "levers": {"acceleration", "context", "protocol", "report"},
 }
 """What the inside may import besides itself; what is not listed stands further out."""

@@ -10,6 +10,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from worldstride.atomic import atomic_write
+from worldstride.attention import Selection, Sparsity
 from worldstride.context.kept import KeptContext
 from worldstride.context.policy import PUBLISHED, PoseView, SpatialMemory, TemporalWindow
 from worldstride.denoising.policy import AdaptiveSteps, StepCache
@@ -62,6 +63,8 @@ class Acceleration:
     """Choose the number of steps by what is known of the coming views."""
     attention: AttentionReuse | None = None
     """Reuse attention to the context within a chunk."""
+    sparsity: Sparsity | None = None
+    """Attend to some blocks of the context only."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("window", 1), ("memory", 0)):
@@ -74,6 +77,11 @@ class Acceleration:
             raise InputError(
                 f"acceleration.adaptive.few must be below acceleration.steps, {self.steps}, got {self.adaptive.few}: "
                 "it is the number of steps where less is needed"
+            )
+        if self.sparsity is not None and self.attention is not None:
+            raise InputError(
+                "acceleration.attention (reuse within a chunk) and acceleration.sparsity cannot be combined: what is "
+                "reused is attention to the whole context; set one of them"
             )
         if self.solver not in (None, "euler", "unipc"):
             raise InputError(f"acceleration.solver must be euler or unipc, got {self.solver!r}")
@@ -103,7 +111,8 @@ class Acceleration:
 _Settings = TypeVar("_Settings")
 _BRANCHES: dict[str, type] = {
     "pose": PoseView, "temporal": TemporalWindow, "spatial": SpatialMemory, "kept": KeptContext, "cache": StepCache,
-    "adaptive": AdaptiveSteps, "attention": AttentionReuse,
+    "adaptive": AdaptiveSteps, "attention": AttentionReuse, "sparsity": Sparsity, "denoise": Selection,
+    "context": Selection,
 }  # fmt: skip
 """Settings that are settings themselves."""
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from worldstride import noise as noises
 from worldstride import worlds
 from worldstride.acceleration import Acceleration, resolve
-from worldstride.attention import Dense
+from worldstride.attention import Dense, Layout, rates
+from worldstride.attention.cost import Rates
 from worldstride.camera import camera_from_pose, check_cameras
 from worldstride.context.history import History
 from worldstride.context.retrieval import frustum_points
@@ -55,6 +56,9 @@ class Engine:
     ) -> None:  # fmt: skip
         self.model, self.source, self.acceleration = model, source, acceleration
         self.controls, self._attention = controls or ControlSettings(), attention
+        self._rates: dict[int, Rates | None] = {}
+        self.layouts: dict[object, Layout] = {}
+        """Layouts of blocks that sessions have used: functions of sizes alone."""
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +71,13 @@ class Engine:
         if self._attention is None:
             self._attention = Dense.measured(self.device, getattr(torch, self.source.dtype))
         return self._attention
+
+    def rates(self, channels: int) -> Rates | None:
+        """What attention costs on a GPU, for heads of so many channels; None where no sparse kernel runs."""
+        if channels not in self._rates:
+            kind = getattr(torch, self.source.dtype)
+            self._rates[channels] = rates.measured(self.attention, self.device, kind, channels)
+        return self._rates[channels]
 
     @property
     def frame_size(self) -> tuple[int, int]:

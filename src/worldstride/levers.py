@@ -12,7 +12,7 @@ from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport
 
 LEVERS = (
-    "steps", "solver", "window", "memory", "temporal", "spatial", "kept", "cache", "adaptive", "attention"
+    "steps", "solver", "window", "memory", "temporal", "spatial", "kept", "cache", "adaptive", "attention", "sparsity"
 )  # fmt: skip
 """Fields of `Acceleration` that save something."""
 
@@ -55,6 +55,10 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
     def mean(value: Callable[[ChunkReport], float]) -> str:
         return f"{sum(map(value, reports)) / count:.1f}"
 
+    def of_kind(kind: str) -> float:
+        known = [r.sparsity.density[kind] for r in reports if r.sparsity is not None and kind in r.sparsity.density]
+        return sum(known) / len(known) if known else 1.0
+
     return {
         "steps": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
         "solver": "in place of Euler",
@@ -67,6 +71,8 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
         "adaptive": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
         "attention": f"{mean(lambda r: sum(e.computed and not e.attended for e in r.evaluations))} evaluations a chunk "
         "reused attention to the context",
+        "sparsity": "mean density "
+        + ", ".join(f"{of_kind(k):.3f} ({k})" for k in ("chunk", "context") if of_kind(k) < 1),
     }[name]
 
 
@@ -101,6 +107,9 @@ def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequ
         return "full compute is no more than was asked for"
     if name == "solver":
         return "the model brings its own solver"
+    if name == "sparsity":
+        seen = [d for r in late if r.sparsity is not None for d in r.sparsity.decisions.values()]
+        return f"every attention was dense: {seen[0].reason}" if seen else "the model attends to no blocks"
     if name == "kept":
         anew = "every context was encoded anew"
         least = None if settings.kept is None else settings.kept.anew

@@ -192,14 +192,28 @@ class Narrows(Protocol):
 
 
 @runtime_checkable
+class AttendsSparsely(Protocol):
+    """A model whose context is attended to in blocks, if a `SparseAttend` is passed in. No model needs to be one.
+
+    Its tokens lie on a grid, and those of the context come in the order of the context plan.
+    """
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of a latent's tokens."""
+        ...
+
+
+@runtime_checkable
 class Costed(Protocol):
     """A model that knows what its passes cost. No model needs to be one."""
 
-    def context_flops(self, encoded: int, seen: int) -> float:
-        """Floating-point operations of encoding latents that attend to `seen` latents each, themselves among them."""
+    def context_flops(self, encoded: int, seen: float) -> float:
+        """Floating-point operations of encoding latents that attend to `seen` latents each, themselves among them; on
+        average, where attention is sparse."""
         ...
 
-    def evaluation_flops(self, latents: int, context: int) -> float:
+    def evaluation_flops(self, latents: int, context: float) -> float:
         """Floating-point operations of one evaluation of latents that attend to each other and to `context` ones."""
         ...
 

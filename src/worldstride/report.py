@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from worldstride.attention import SparsityReport
 from worldstride.context.selection import ContextPlan, Signals
 from worldstride.denoising import Evaluation
 
@@ -43,6 +44,8 @@ class ChunkReport:
     history_bytes: int
     kept_bytes: int
     """Bytes of keys and values that are kept for later chunks."""
+    sparsity: SparsityReport | None = None
+    """What block-sparse attention did; None where it was not asked for or the model knows none."""
 
     @property
     def frames_per_second(self) -> float:

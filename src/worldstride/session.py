@@ -186,7 +186,7 @@ class Session:
             state.chunk, state.frame, shape.frames, settings.name, p.signals, p.context, made.context_latents, encoded,
             made.context_bytes, made.plan.sampler.steps, made.plan.sampler.solver, made.plan.reason, made.evaluations,
             made.acted(), made.flops(), {**made.seconds, "total": sum(made.seconds.values())},
-            made.batch, len(history), history.bytes, kept.bytes,
+            made.batch, len(history), history.bytes, kept.bytes, made.sparsity,
         )  # fmt: skip
         # one assignment: whatever interrupts a step, the session is the one before it or the one after it
         self._state = replace(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldstride import noise as noises
 from worldstride.acceleration import Acceleration
-from worldstride.attention import Attend
+from worldstride.attention import Attend, SparseAttend, SparsityReport
 from worldstride.context.kept import clips, encode_kept
 from worldstride.context.policy import PolicyState
 from worldstride.context.selection import ContextPlan, Signals, bounded
@@ -20,7 +20,16 @@ from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, Denoising, Evaluation
 from worldstride.denoising.policy import shortened
 from worldstride.denoising.stopwatch import Stopwatch
-from worldstride.protocol import ChunkShape, Conditions, Context, Costed, KeepsLatents, Narrows, WorldModel
+from worldstride.protocol import (
+    AttendsSparsely,
+    ChunkShape,
+    Conditions,
+    Context,
+    Costed,
+    KeepsLatents,
+    Narrows,
+    WorldModel,
+)
 
 if TYPE_CHECKING:
     from worldstride.session import Session, SessionState
@@ -62,7 +71,7 @@ class Pending:
         how, entries = self.denoising.batching(isinstance(self.session.engine.model, Narrows)), state.history.entries
         led = tuple(entries[i].action for i in plan.rows)
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
-        where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder)
+        where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder, self.settings.sparsity)
         return (*where, *how, self.actions, led, prompt, id(self.session.engine))
 
 
@@ -84,6 +93,8 @@ class Made:
     seconds: dict[str, float]
     batch: int
     """Chunks that were made together; the seconds are a chunk's share, of denoising by its evaluations."""
+    sparsity: SparsityReport | None
+    """What block-sparse attention did to the batch."""
 
     def acted(self) -> tuple[str, ...]:
         """Names of the levers that saved something in this chunk; what a plain bound saved is no policy's doing."""
@@ -105,6 +116,7 @@ class Made:
             "cache": any(not e.computed for e in self.evaluations),
             "adaptive": s.adaptive is not None and spec.steps < asked,
             "attention": any(e.computed and not e.attended for e in self.evaluations),
+            "sparsity": self.sparsity is not None and set(self.sparsity.calls) != {"dense"},
         }
         return tuple(name for name, fired in did.items() if fired)
 
@@ -115,14 +127,16 @@ class Made:
         if not isinstance(model, Costed):
             return {}
         encoded = total if p.absent is None else len(p.absent)
-        context = model.context_flops(encoded, total)
+        density = {} if self.sparsity is None else self.sparsity.density
+        context = model.context_flops(encoded, total * density.get("context", 1.0))
         if p.absent is not None and kept is not None and kept.sees == "itself":
             context = model.context_flops(encoded, 1)
         if p.absent is not None and kept is not None and kept.sees == "before":
             groups = clips(p.absent, total, len(p.context.window), shape.new)
             context = sum(model.context_flops(len(g), g[-1] + 1) for g in groups)
         made, branches = shape.clean + shape.new, 1 if self.plan.sampler.guidance is None else 2
-        each = (model.evaluation_flops(made, total if e.attended else 0) for e in self.evaluations if e.computed)
+        seen = max(0.0, density.get("chunk", 1.0) * (total + made) - made)
+        each = (model.evaluation_flops(made, seen if e.attended else 0) for e in self.evaluations if e.computed)
         return {"context": context, "denoise": branches * sum(each)}
 
 
@@ -136,9 +150,15 @@ class _Batch:
     def model(self) -> WorldModel:
         return self.pending[0].session.engine.model
 
-    @property
     def attend(self) -> Attend:
-        return self.pending[0].session.engine.attention
+        """How tokens attend in this batch; settings of all its chunks are alike in that."""
+        first, engine = self.pending[0], self.pending[0].session.engine
+        settings, model = first.settings.sparsity, self.model
+        if settings is None or not isinstance(model, AttendsSparsely):
+            return engine.attention
+        plan = first.context
+        segments = (len(plan.sink), len(plan.memory), len(plan.window))
+        return SparseAttend(engine.attention, settings, model.token_grid, segments, engine.rates, engine.layouts)
 
     def latents(self, places: Sequence[int]) -> Tensor:
         """Latents [B, n, ...] of some places of the context."""
@@ -152,7 +172,7 @@ class _Batch:
         absent = self.pending[0].absent
         return self.latents(range(len(self.pending[0].context.rows)) if absent is None else absent)
 
-    def encode(self, latents: Tensor) -> tuple[Context, list[tuple[Tensor, ...]]]:
+    def encode(self, latents: Tensor, attend: Attend) -> tuple[Context, list[tuple[Tensor, ...]]]:
         """The context from the fetched latents, and for each chunk what is kept of them."""
         first, model = self.pending[0], self.model
         positions, kinds = first.context.tables(first.shape.clean)
@@ -162,12 +182,12 @@ class _Batch:
         if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
             actions = [first.state.history.entries[i].action for i in first.context.rows]
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
-            context = model.encode_context(latents, cameras, actions, positions, kinds, None, self.attend)
+            context = model.encode_context(latents, cameras, actions, positions, kinds, None, attend)
             return context, [()] * len(self.pending)
         old = [_records(p) for p in self.pending]
         kept = [[of.get(i) for of in old] for i in every]
         context, made = encode_kept(
-            model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, self.attend
+            model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, attend
         )
         records = list[tuple[Tensor, ...]]()
         for b, of in enumerate(old):
@@ -226,12 +246,12 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     """Make chunks with equal keys; sessions are not touched. Results are in the order of `group`."""
     batch = _Batch(group)
     model, count = batch.model, len(group)
-    attend = batch.attend  # may have to be measured, before clocks run
+    attend = batch.attend()  # may have to be measured, before clocks run
     watch = Stopwatch(model.device)
     latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
     watch.mark()
     inputs = model.prepare(conditions)  # before the context, whose work a transfer would wait for
-    context, kept = batch.encode(latents)
+    context, kept = batch.encode(latents, attend)
     watch.mark()
     plans = [p.denoising for p in group]
     run = Denoising(model, noise, inputs, context, plans, attend, lambda i: batch.noise(i + 1))
@@ -246,13 +266,14 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     pictures = frames.cpu().numpy()
     watch.mark()
     evaluations = run.evaluations()
+    sparsity = attend.report() if isinstance(attend, SparseAttend) else None
     share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in watch.seconds()), strict=True))
     computed = [sum(e.computed for e in made) for made in evaluations]
     parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]
     return [
         Made(
             p, pictures[i], committed[i], {name: t[i : i + 1] for name, t in decoder.items()}, kept[i], context.latents,
-            context.bytes // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count,
+            context.bytes // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count, sparsity,
         )
         for i, p in enumerate(group)
     ]  # fmt: skip

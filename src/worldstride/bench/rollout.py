@@ -101,6 +101,8 @@ class Speed(TypedDict):
     kept_bytes: int
     """Most that was kept of encoded latents from chunk to chunk."""
     gigaflops_per_chunk: float | None
+    density: dict[str, float]
+    """Share of query-key pairs attended to, where attention was asked to be sparse: of the chunk, of the context."""
     batch: float
     """Chunks made together, on average."""
 
@@ -128,8 +130,17 @@ def summary(reports: Sequence[ChunkReport]) -> Speed:
         "context_bytes": max((r.context_bytes for r in reports), default=0),
         "kept_bytes": max((r.kept_bytes for r in reports), default=0),
         "gigaflops_per_chunk": sum(flops) / count / 1e9 if flops else None,
+        "density": _densities(reports),
         "batch": sum(r.batch for r in reports) / count,
     }  # fmt: skip
+
+
+def _densities(reports: Sequence[ChunkReport]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for report in reports:
+        for kind, share in ({} if report.sparsity is None else report.sparsity.density).items():
+            found.setdefault(kind, []).append(share)
+    return {kind: sum(shares) / len(shares) for kind, shares in found.items()}
 
 
 def peak_memory() -> int | None:

@@ -77,6 +77,11 @@ class CourtyardModel:
         self.network.compile_passes(None if self.device.type == "cuda" else False)
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        return self.config.grid
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Patches of a frame and values of a patch."""
         return (self.config.tokens, self.config.values)
@@ -210,11 +215,11 @@ class CourtyardModel:
         )
         return CourtyardInputs(Geometry(*tables)), replace(held, keys_values=pairs)  # type: ignore[arg-type]
 
-    def context_flops(self, encoded: int, seen: int) -> float:
+    def context_flops(self, encoded: int, seen: float) -> float:
         """See `Costed.context_flops`."""
         return cost.context_flops(self.config, encoded, seen)
 
-    def evaluation_flops(self, latents: int, context: int) -> float:
+    def evaluation_flops(self, latents: int, context: float) -> float:
         """See `Costed.evaluation_flops`."""
         return cost.evaluation_flops(self.config, latents, context)
 

@@ -8,7 +8,7 @@ from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import FEATURES, projective_channels
 
 
-def block_flops(config: CourtyardConfig, frames: int, seen: int) -> float:
+def block_flops(config: CourtyardConfig, frames: int, seen: float) -> float:
     """One block over the tokens of `frames` frames that attend to `seen` frames each."""
     tokens, width = frames * config.tokens, config.width
     linear = 24 * tokens * width**2  # q, k, v, o, and the MLP of four times the width
@@ -36,7 +36,7 @@ def level_flops(config: CourtyardConfig) -> float:
     return 2 * config.width * (32 + 6 * config.width)
 
 
-def context_flops(config: CourtyardConfig, encoded: int, seen: int) -> float:
+def context_flops(config: CourtyardConfig, encoded: int, seen: float) -> float:
     """See `Costed.context_flops`; frames that are encoded apart see no more than their chunk."""
     if config.context != "together":
         seen = 1 if config.context == "apart" else min(seen, config.chunk)
@@ -50,7 +50,7 @@ def context_flops(config: CourtyardConfig, encoded: int, seen: int) -> float:
     return blocks + input_flops(config, encoded) + level_flops(config)
 
 
-def evaluation_flops(config: CourtyardConfig, frames: int, context: int) -> float:
+def evaluation_flops(config: CourtyardConfig, frames: int, context: float) -> float:
     """See `Costed.evaluation_flops`."""
     network = config.depth * block_flops(config, frames, frames + context)
     final = 4 * config.width**2

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride import rope
-from worldstride.attention import Attend, Partial, merge
+from worldstride.attention import Attend, LayerAttend, Partial, SparseAttend, merge
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import FEATURES, Geometry, projective_channels
 
@@ -92,7 +93,7 @@ class Block(nn.Module):
         q: Tensor, k: Tensor, v: Tensor, context: KeysValues | Partial | None, attend: Attend, split: bool
     ) -> tuple[Tensor, Partial | None]:
         if context is None:
-            return attend(q, k, v), None
+            return attend.within(q, k, v) if isinstance(attend, LayerAttend) else attend(q, k, v), None
         if isinstance(context, Partial):
             return merge(context, attend(q, k, v, lse=True)).out, context
         share = q.shape[0] // context[0].shape[0]
@@ -100,6 +101,8 @@ class Block(nn.Module):
         if split:
             outer = attend(q, past_k, past_v, lse=True)
             return merge(outer, attend(q, k, v, lse=True)).out, outer
+        if isinstance(attend, LayerAttend) and share == 1:
+            return attend.chunk(q, (past_k, past_v), (k, v)), None
         return attend(q, torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)), None
 
     def _place(
@@ -231,7 +234,8 @@ class CourtyardNetwork(nn.Module):
         tables, written = self.tables(geometry, x.dtype), list[KeysValues]()
         for i, (block, seen) in enumerate(zip(self.blocks, past or (None,) * len(self.blocks), strict=True)):
             last = i + 1 == len(self.blocks)  # its tokens go nowhere
-            x, k, v, _ = self.run(block, x, modulation, *tables, seen, attend, False, last)
+            run, how = self.how(attend, i)
+            x, k, v, _ = run(block, x, modulation, *tables, seen, how, False, last)
             written.append((k, v))
         return written
 
@@ -252,8 +256,9 @@ class CourtyardNetwork(nn.Module):
         x = self.tokens(noisy, self.noisy_in, geometry)
         level, modulation = self.level(sigma, x.dtype)
         tables = self.tables(geometry, x.dtype)
-        for block, past in zip(self.blocks, context, strict=True):
-            x, _, _, part = self.run(block, x, modulation, *tables, past, attend, outer is not None)
+        for i, (block, past) in enumerate(zip(self.blocks, context, strict=True)):
+            run, how = self.how(attend, i)
+            x, _, _, part = run(block, x, modulation, *tables, past, how, outer is not None)
             if outer is not None and part is not None:
                 outer.append(part)
         scale, shift = (linear(level, self.final_level).unflatten(-1, (2, -1)) + self.final)[:, :, None].unbind(1)
@@ -263,6 +268,12 @@ class CourtyardNetwork(nn.Module):
         if self.refine is not None:
             x = self.refine(x, noisy.flatten(0, 1))
         return x.unflatten(0, (-1, frames))
+
+    def how(self, attend: Attend, layer: int) -> tuple[Callable[..., Any], Attend]:
+        """What runs a block, and how its tokens attend. Sparse attention keeps blocks between calls: not compiled."""
+        if isinstance(attend, SparseAttend):
+            return Block.forward, attend.at(layer)
+        return self.run, attend
 
     def tokens(self, patches: Tensor, layer: nn.Linear, geometry: Geometry) -> Tensor:
         """Tokens [B, F n, width] of patches [B, F, n, values] through the layer for clean or for noisy ones."""
