@@ -12,7 +12,9 @@ import tyro
 from tyro.conf import subcommand
 
 from worldstride import __version__
+from worldstride.commands.attention import Attention
 from worldstride.commands.bench import Bench
+from worldstride.commands.block_recall import BlockRecall
 from worldstride.commands.calibrate import Calibrate
 from worldstride.commands.compare import Compare
 from worldstride.commands.decisions import Decisions
@@ -31,6 +33,8 @@ Command = (
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Gate, subcommand("gate")]
     | Annotated[Decisions, subcommand("decisions")]
+    | Annotated[Attention, subcommand("attention")]
+    | Annotated[BlockRecall, subcommand("block-recall")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Presets, subcommand("presets")]
     | Annotated[Models, subcommand("models")]
