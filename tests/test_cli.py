@@ -57,7 +57,20 @@ def test_version_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["rollout", "compare", "calibrate", "bench", "gate", "decisions", "attention", "block-recall", "verify", "presets", "models", "doctor"],
+    [
+        "rollout",
+        "compare",
+        "calibrate",
+        "bench",
+        "gate",
+        "decisions",
+        "attention",
+        "block-recall",
+        "verify",
+        "presets",
+        "models",
+        "doctor",
+    ],
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -201,7 +201,10 @@ def test_a_call_gives_the_same_bits_again(how: Implementation):
 @pytest.mark.parametrize("garbage", [1e4, torch.inf, torch.nan], ids=str)
 @EACH_HOW
 def test_tokens_of_blocks_that_are_not_listed_never_take_part(how: Implementation, garbage: float):
-    """A block with fewer tokens is loaded with those that follow it, whatever they are: a cache may be half written."""
+    """A block with fewer tokens is loaded with those that follow it: of a cache that is half written.
+
+    Values there must be finite for Gluon, as the cache's are; keys may be anything.
+    """
     queries, keys = on_gpu((runs(140), join([boxes((3, 5, 7), (2, 4, 4)), runs(128), runs(9)])))
     q, k, v = inputs(queries, keys, torch.bfloat16)
     table = torch.zeros(1, 2, queries.blocks, keys.blocks, dtype=torch.bool, device=GPU)
@@ -209,7 +212,7 @@ def test_tokens_of_blocks_that_are_not_listed_never_take_part(how: Implementatio
     found = listed(table, keys)
     truth = sparse.reference(q, k, v, found, queries, keys)
     hidden = keys.owner % 2 == 1
-    k[:, :, hidden], v[:, :, hidden] = garbage, garbage
+    k[:, :, hidden], v[:, :, hidden] = garbage, garbage if how == "triton" else 1e4
     check(attend((q, k, v), found, queries, keys, how, natural=False), truth, torch.bfloat16)
 
 
@@ -403,7 +406,8 @@ def test_the_kernel_prepares_what_torch_prepares(name: str, dtype: torch.dtype, 
         for t, end in ((cache.k, at), (cache.v, at), (cache.means, block), (cache.units, block)):
             if t is not None:
                 assert bool(t[:, :, :end].isfinite().all())
-                assert bool(t[:, :, end:].isnan().all())  # nothing is written beyond a span
+                beyond = t[:, :, end:]  # nothing is written beyond a span
+                assert not beyond.any() if t is cache.v else bool(beyond.isnan().all())
 
 
 # all of it
