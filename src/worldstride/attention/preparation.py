@@ -115,7 +115,7 @@ class KeyCache:
         self.spans, self.layout = tuple(spans), join(spans) if joined is None else joined
         device, tokens, blocks = self.layout.starts.device, self.layout.tokens, self.layout.blocks
         self.k = torch.empty(batch, heads, tokens, channels, device=device, dtype=dtype)
-        self.v = torch.empty_like(self.k)
+        self.v = torch.zeros_like(self.k)  # a kernel reads what lies behind a block's last row, and weighs it by zero
         self.means = torch.empty(batch, heads, blocks, parts, channels, device=device, dtype=dtype)
         self.units = torch.empty(self.means.shape, device=device) if alike else None
         """Sums of unit vectors of each part, where `alike` was asked for."""
@@ -134,6 +134,8 @@ class KeyCache:
         """Fill one span from its keys and values [B, H, N, E] in natural order, channels innermost."""
         layout = self.spans[span]
         _fits(k, layout, preparation)
+        if v.stride(-1) != 1:
+            raise InputError(f"values must have channels innermost, got strides {v.stride()}")
         if v.shape != k.shape or k.shape[:2] != self.k.shape[:2] or k.shape[3] != self.k.shape[3]:
             raise InputError(
                 f"keys {tuple(k.shape)} and values {tuple(v.shape)} must be alike and fit the cache's "

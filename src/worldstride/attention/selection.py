@@ -23,6 +23,10 @@ PARTS = 4
 """Parts of a block whose means are kept; more cost more, and with one `parts` and `mass` see no more than `mean`."""
 
 
+TINY = 1e-12
+"""A share of attention that one block alone exceeds."""
+
+
 class Summary(NamedTuple):
     """What is known of blocks of queries or keys without looking at their tokens."""
 
@@ -151,6 +155,7 @@ def choose(
     else:
         share = scores if rule.score == "mass" else _predicted(scores, layout, rule)
         wanted = rule.mass * share.sum(-1, keepdim=True) - (share * kept).sum(-1, keepdim=True)
+        wanted = torch.where(kept.any(-1, keepdim=True), wanted, wanted.clamp_min(TINY))  # no list is empty
         order = share.masked_fill(kept, 0).sort(dim=-1, descending=True, stable=True)
         before = order.values.cumsum(-1) - order.values
         chosen = torch.zeros_like(kept).scatter(-1, order.indices, before < wanted) | near

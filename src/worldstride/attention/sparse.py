@@ -40,7 +40,8 @@ def attend_blocks(
     Args:
         q: queries [B, H, Nq, E] in block order; E is 64 or 128 for the kernels.
         k: keys [B, H, Nk, E] in block order.
-        v: values, likewise.
+        v: values, likewise. Rows of keys and values that no list names must be finite: the Gluon kernel multiplies
+            those behind a block's last row by zero.
         listed: blocks of keys for each block of queries, at least one each.
         queries: where blocks of queries begin.
         keys: where blocks of keys begin.
@@ -102,7 +103,9 @@ def gathered(
         blocks = torch.where(there, blocks, 0)
         at = starts[blocks][..., None] + lane  # [B, H, L, 128]
         valid = (lane < sizes[blocks][..., None]) & there[..., None]
-        at, valid = torch.where(valid, at, 0).flatten(2), valid.flatten(2)
+        # beyond a block's last key stands its first, hidden: whatever lies behind the block is never read
+        at = torch.where(valid, at, torch.where(there, starts[blocks], starts[blocks[..., :1]])[..., None]).flatten(2)
+        valid = valid.flatten(2)
         rows = at[..., None].expand(-1, -1, -1, channels)
         extra = weight.gather(2, at).masked_fill(~valid, -torch.inf)
         some_k, some_v = k.gather(2, rows), v.gather(2, rows)
@@ -131,11 +134,15 @@ def _fits(
 ) -> None:
     batch, heads, rows, channels = q.shape
     want = {"keys": (batch, heads, keys.tokens, channels), "values": (batch, heads, keys.tokens, channels)}
+    if q.stride(3) != 1:
+        raise InputError(f"queries must have channels innermost, got strides {q.stride()}")
     if rows != queries.tokens:
         raise InputError(f"queries {tuple(q.shape)} hold {rows} tokens, their layout {queries.tokens}")
     for (name, shape), tensor in zip(want.items(), (k, v), strict=True):
         if tensor.shape != shape:
             raise InputError(f"{name} must be {shape} for queries {tuple(q.shape)}, got {tuple(tensor.shape)}")
+        if tensor.stride(3) != 1:
+            raise InputError(f"{name} must have channels innermost, got strides {tensor.stride()}")
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise InputError(f"{name} are {tensor.dtype} on {tensor.device}, queries {q.dtype} on {q.device}")
     table = (batch, heads, queries.blocks, keys.blocks)

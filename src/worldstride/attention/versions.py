@@ -7,9 +7,10 @@ import importlib.util
 
 TRITON = (3, 4)
 """Oldest Triton with tensor descriptors made by the host."""
-GLUON = ((3, 6), (3, 7))
-"""Tritons whose Gluon the warp-specialised kernel was written for and measured with: from, up to and without. Gluon is
-experimental and changes from minor version to minor version; any other Triton takes the plain kernel."""
+GLUON = ((3, 6), (3, 9))
+"""Tritons whose Gluon the warp-specialised kernel is written for: from, up to and without. It was measured with 3.6 and
+compiles to the same structure with 3.7 and 3.8. Gluon is experimental and changes from minor version to minor version
+(3.9 lacks a function that is used); any other Triton takes the plain kernel."""
 
 
 def _installed() -> str | None:
@@ -47,5 +48,5 @@ def unusable(how: str, capability: tuple[int, int]) -> str:
             return f"it is written for compute capability 9.x, the device has {capability[0]}.{capability[1]}"
         if not GLUON[0] <= _VERSION < GLUON[1]:
             oldest, newest = (".".join(map(str, v)) for v in GLUON)
-            return f"it was measured with triton {oldest} up to, not with, {newest}; installed is {INSTALLED}"
+            return f"it is written for triton {oldest} up to, not with, {newest}; installed is {INSTALLED}"
     return ""

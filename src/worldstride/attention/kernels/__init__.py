@@ -41,6 +41,8 @@ def attend_listed(
     if tiles * width >= 2**31:
         raise InputError(f"a list of {tiles} rows of {width} blocks is longer than the kernels can address (2^31)")
     weight = q.new_empty(0) if bias is None else bias.expand(batch, heads, -1)
+    if bias is not None and weight.stride(2) != 1:
+        weight = weight.contiguous()
     offsets = (*out.stride()[:3], *(weight.stride()[:2] if bias is not None else (0, 0)))
     tables = (out, lse, blocks, counts, q_starts, k_starts, q_starts if rows is None else rows, weight)
     scale, flags = channels**-0.5 * LOG2E, {"HAS_ROWS": rows is not None, "HAS_BIAS": bias is not None}
@@ -128,7 +130,11 @@ def prepare_blocks(
 ) -> None:  # fmt: skip
     """Write rows `at` to at + N of `out` and `v_out`, and blocks `block_at` on of `means` and `units`."""
     batch, heads, _, channels = x.shape
+    weight = None if weight is None else weight.contiguous()
     blank, parts = x if weight is None else weight, means.shape[3]
+    longest = max(t.shape[2] * t.stride(2) for t in (x, x if v is None else v, out))
+    if longest >= 2**31:
+        raise InputError(f"the kernel addresses {2**31 - 1} values of a head's rows at most, got strides for {longest}")
     turns = blank if angles is None else angles
     value, value_out = (x, out) if v is None or v_out is None else (v, v_out)
     group = next(n for n in (4, 3, 2, 1) if heads % n == 0)
@@ -138,7 +144,7 @@ def prepare_blocks(
         block_at, means.shape[2], eps,
         *x.stride()[:3], *value.stride()[:3], *out.stride()[:2], *value_out.stride()[:2],
         weight.stride(0) if weight is not None and weight.dim() == 2 else 0,
-        turns.stride(0) if angles is not None and angles.dim() == 3 else 0,
+        turns.stride(0) if angles is not None and angles.dim() == 3 and angles.shape[0] > 1 else 0,
         turns.stride(-2) if angles is not None else 0,
         HAS_V=v is not None, HAS_NORM=weight is not None, HAS_ANGLES=angles is not None, HAS_UNITS=units is not None,
         INTERLEAVED=interleaved, PARTS=parts, E=channels, BM=BLOCK, GROUP=group, num_warps=2 if parts > 1 else 16,

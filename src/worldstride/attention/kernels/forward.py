@@ -41,6 +41,8 @@ def _step(
     fade = tl.exp2((m - new) * unit)
     l = l * fade + tl.sum(p, 1)
     v = v_desc.load([b, h, start, 0]).reshape(BN, E)
+    if MASKED:
+        v = tl.where(lane[:, None] < length, v, 0.0)  # zero times what is no number would be none
     acc = acc * fade[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, new, l

@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+TINY = tl.constexpr(1e-12)
+
 
 @triton.jit
 def _unit(x):
@@ -70,7 +72,7 @@ def score(
     e = tl.arange(0, E)
     if SMOOTH:
         centre = _centre(k_means, starts, k_blocks, CHUNK, PARTS, E)
-    if EACH == 1:
+    if SCORE == "mean" or SCORE == "cosine":
         q = _mean(q_means, line, real, PARTS, E)
         k = _mean(k_means, at, inside, PARTS, E)
         if SMOOTH:
@@ -135,7 +137,7 @@ def choose(
             s += t / (tl.sum(t, 0) * EACH)
     else:
         s = tl.load(scores + line * k_blocks + at, mask=inside, other=-1e30)
-        if EACH > 1:
+        if EACH > 1:  # log sum exp over the parts of the block of queries
             total = tl.full([WIDTH], 1.0, tl.float32)
             for part in tl.static_range(1, EACH):
                 t = tl.load(scores + (line + part) * k_blocks + at, mask=inside, other=-1e30)
@@ -167,6 +169,7 @@ def choose(
         s = tl.where(inside, s, 0.0)
         weight = tl.where(free, s, 0.0)
         wanted = share * tl.sum(s, 0) - tl.sum(tl.where(held, s, 0.0), 0)
+        wanted = tl.where(tl.sum(held.to(tl.int32), 0) > 0, wanted, tl.maximum(wanted, TINY))  # no list is empty
         key = _ordered(tl.where(free, s, -1.0))
     else:
         weight = tl.where(free, 1.0, 0.0)

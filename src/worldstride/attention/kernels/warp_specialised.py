@@ -159,54 +159,60 @@ def _compute(
         room = number % 2 * 2 + group
         q = q_rooms.index(room).reshape([HALF, E])
         mbarrier.wait(q_ready.index(room), number // 2 & 1)
-
-        # the first block: nothing to sum beside it
-        mbarrier.wait(k_ready.index(turn % STAGES), turn // STAGES & 1)
-        keys = k_rooms.index(turn % STAGES).reshape([BN, E]).permute([1, 0])
-        s = warpgroup_mma(q, keys, gl.zeros([HALF, BN], gl.float32, S), use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_free.index(turn % STAGES), count=1)
-        block = gl.load(listed)
-        start = gl.load(k_starts + block)
-        length = gl.load(k_starts + block + 1) - start
         m = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S))
-        weights, m, _ = _weights(s, m, extra, start, length, scale, True, HAS_BIAS, BN, S)
-        l = gl.sum(weights, 1)
-        p = gl.convert_layout(weights.to(dtype), P)
+        l = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S))
         o = gl.zeros([HALF, E], gl.float32, O)
-        turn += 1
-        mbarrier.wait(k_ready.index(turn % STAGES), turn // STAGES & 1, pred=total > 1)
-        for j in range(1, full):
-            if HAS_BIAS:
-                start = gl.load(k_starts + gl.load(listed + j))
-            p, o, m, l = _step(
-                q, rooms, bars, p, o, m, l, turn, j + 1 < total, extra, start, BN, scale, False,
-                HAS_BIAS, HALF, BN, E, S, O, P,
-            )  # fmt: skip
-            turn += 1
-        for j in range(gl.maximum(full, 1), total):
-            block = gl.load(listed + j)
+        if total > 0:
+            # the first block: nothing to sum beside it
+            mbarrier.wait(k_ready.index(turn % STAGES), turn // STAGES & 1)
+            keys = k_rooms.index(turn % STAGES).reshape([BN, E]).permute([1, 0])
+            s = warpgroup_mma(q, keys, gl.zeros([HALF, BN], gl.float32, S), use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_free.index(turn % STAGES), count=1)
+            block = gl.load(listed)
             start = gl.load(k_starts + block)
             length = gl.load(k_starts + block + 1) - start
-            p, o, m, l = _step(
-                q, rooms, bars, p, o, m, l, turn, j + 1 < total, extra, start, length, scale, True,
-                HAS_BIAS, HALF, BN, E, S, O, P,
-            )  # fmt: skip
+            weights, m, _ = _weights(s, m, extra, start, length, scale, True, HAS_BIAS, BN, S)
+            l = gl.sum(weights, 1)
+            p = gl.convert_layout(weights.to(dtype), P)
             turn += 1
-        mbarrier.arrive(q_free.index(room), count=1)
-        last = turn - 1
-        mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
-        o = warpgroup_mma(p, v_rooms.index(last % STAGES).reshape([BN, E]), o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=[o])
-        mbarrier.arrive(v_free.index(last % STAGES), count=1)
+            mbarrier.wait(k_ready.index(turn % STAGES), turn // STAGES & 1, pred=total > 1)
+            for j in range(1, full):
+                if HAS_BIAS:
+                    start = gl.load(k_starts + gl.load(listed + j))
+                p, o, m, l = _step(
+                    q, rooms, bars, p, o, m, l, turn, j + 1 < total, extra, start, BN, scale, False,
+                    HAS_BIAS, HALF, BN, E, S, O, P,
+                )  # fmt: skip
+                turn += 1
+            for j in range(gl.maximum(full, 1), total):
+                block = gl.load(listed + j)
+                start = gl.load(k_starts + block)
+                length = gl.load(k_starts + block + 1) - start
+                p, o, m, l = _step(
+                    q, rooms, bars, p, o, m, l, turn, j + 1 < total, extra, start, length, scale, True,
+                    HAS_BIAS, HALF, BN, E, S, O, P,
+                )  # fmt: skip
+                turn += 1
+            mbarrier.arrive(q_free.index(room), count=1)
+            last = turn - 1
+            mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+            o = warpgroup_mma(p, v_rooms.index(last % STAGES).reshape([BN, E]), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.arrive(v_free.index(last % STAGES), count=1)
+        else:
+            mbarrier.arrive(q_free.index(room), count=1)
 
-        o = o * gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, O)), 1)
+        # where nothing was attended to, or all was hidden by a bias: zeros, with a log-sum-exp of minus infinity
+        share = gl.where(l > 0, 1.0 / l, 0.0)
+        o = o * gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, O)), 1)
         unit = 1.0 if HAS_BIAS else scale
         lane = group * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, S))
         at = first + lane
         if HAS_ROWS:
             at = gl.load(rows + at, mask=lane < size, other=0).to(gl.int32)
-        gl.store(lse + pair.to(gl.int64) * tokens + at, m * unit * LN2 + gl.log(l), mask=lane < size)
+        whole = gl.where(l > 0, m * unit * LN2 + gl.log(l), -float("inf"))
+        gl.store(lse + pair.to(gl.int64) * tokens + at, whole, mask=lane < size)
         lane = group * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE))
         at = first + lane
         if HAS_ROWS:
@@ -242,7 +248,7 @@ def forward(
     scale, heads, q_blocks, tiles, tokens, width, out_b, out_h, out_n, bias_b, bias_h,
     HAS_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`scale` is in base 2: log2(e) / sqrt(E). Every block of queries has at least one block listed."""
+    """`scale` is in base 2: log2(e) / sqrt(E). Where none is listed the output is zero."""
     q_rooms = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_type.shape, q_desc.layout)
     k_rooms = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_rooms = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
