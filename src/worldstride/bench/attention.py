@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class Prepared:
     """Norm and rotary angles of the queries ("q") and of each span's keys (its number)."""
     ready: Blocks
     cache: KeyCache
+    turned: Callable[[Tensor], Tensor]
+    """Norm and rotation of the queries, in natural order, compiled by torch: what a dense model does, too."""
 
     @property
     def newest(self) -> int:
@@ -81,7 +84,8 @@ class Prepared:
 def milliseconds(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
     """Median device time of each as a CUDA graph, so that launching from Python is not what is measured.
 
-    They take turns, so that what the machine does to one it does to all.
+    They take turns, in another order each round, so that what the machine does to one it does to all: a long kernel
+    leaves it hotter than a short one.
     """
     graphs = dict[str, torch.cuda.CUDAGraph]()
     for name, run in runs.items():
@@ -92,8 +96,11 @@ def milliseconds(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
         with torch.cuda.graph(graphs[name]):
             run()
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+    shuffled, order = random.Random(0), list(graphs)
     for _ in range(rounds + 1):  # the first round warms up
-        for name, graph in graphs.items():
+        shuffled.shuffle(order)
+        for name in order:
+            graph = graphs[name]
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             graph.replay()
@@ -130,7 +137,7 @@ def prepared(case: Case, style: Style, device: torch.device, dtype: torch.dtype)
         how[name] = Preparation(weight, turning(angle.cos(), angle.sin()))
     cache = KeyCache(spans, case.batch, case.heads, case.channels, dtype)
     ready = prepare_queries(raw["q"], queries, how["q"])
-    data = Prepared(case, queries, spans, raw, how, ready, cache)
+    data = Prepared(case, queries, spans, raw, how, ready, cache, torch.compile(how["q"].__call__, dynamic=False))
     for i in range(len(spans)):
         data.write(i)
     return data
@@ -177,7 +184,9 @@ def _row(data: Prepared, rule: Selection, dense: Dense, rates: Rates | None, rou
         "dense, dispatched": lambda: dense(q, cache.k, cache.v),
         "prepare queries": lambda: data.prepare(rule),
         "prepare new keys and values": lambda: data.write(data.newest),
+        "norm and rotation of queries, compiled by torch": lambda: data.turned(data.raw["q"]),
         "select": lambda: data.choose(data.ready, rule),
+        "select, by mass": lambda: data.choose(data.ready, Selection("mass", keep=rule.keep)),
     }
     if data.newest:
         runs["prepare history, once a chunk"] = lambda: data.write(0)
@@ -202,9 +211,16 @@ def _row(data: Prepared, rule: Selection, dense: Dense, rates: Rates | None, rou
         },
         "of_dense": {name: base * real / times[name] for how in ways for name in (how, f"{how}, random lists")},
         "speedup_with_selection": {how: base / (times[how] + times["select"]) for how in ways},
-        "selection_share": {how: times["select"] / times[how] for how in ways},
+        "overhead_us": _overhead(times), "overhead_allowed_us": max(60.0, 50 * times[ways[0]]),
         "decision": asdict(decision), "dispatched_speedup": base / taken,
     }  # fmt: skip
+
+
+def _overhead(times: Mapping[str, float]) -> dict[str, float]:
+    """Microseconds that a step spends on being sparse: all of it, and beyond what dense attention's queries need."""
+    total = times["select"] + times["prepare queries"]
+    beyond = total - min(times["prepare queries"], times["norm and rotation of queries, compiled by torch"])
+    return {"select and prepare queries": 1e3 * total, "beyond norm and rotation": 1e3 * beyond}
 
 
 def _shape(data: Prepared, each: float) -> Shape:

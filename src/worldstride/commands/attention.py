@@ -89,9 +89,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]  # fmt: skip
         for how in ways:
             parts += [f"{ms[how]:.3f}", f"{of[how]:.2f}", f"{r['speedup_with_selection'][how]:.2f}"]
-        parts += [f"{1000 * ms['select']:.0f}", f"{1000 * ms['prepare queries']:.0f}"]
+        parts += [f"{1000 * ms['select']:.0f}", f"{r['overhead_us']['select and prepare queries']:.0f}"]
+        parts += [f"{r['overhead_us']['beyond norm and rotation']:.0f}", f"{r['overhead_allowed_us']:.0f}"]
         lines.append([*parts, r["decision"]["way"], f"{r['dispatched_speedup']:.2f}"])
     ways = list(rows[0]["speedup_with_selection"])
     each = [word for how in ways for word in (f"{how} ms", "of dense", "speedup")]
     first = ["case", "layout", "shape", "density", "cudnn ms", "TF"]
-    return table([*first, *each, "select us", "queries us", "dispatch", "speedup"], lines)
+    return table([*first, *each, "select us", "+ queries", "beyond", "allowed", "dispatch", "speedup"], lines)
