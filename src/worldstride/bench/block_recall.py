@@ -9,7 +9,7 @@ block of queries) and with a random one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -21,6 +21,7 @@ from worldstride.attention.layout import Grid, Layout, boxes, join, serpentine
 from worldstride.attention.partial import Partial
 from worldstride.attention.selection import BlockList, Selection, listed, select, summarise
 from worldstride.bench.attention_cases import Case, Style, structured
+from worldstride.errors import ContractError
 
 RULES: dict[str, Selection] = {
     "mean": Selection("mean"),
@@ -29,8 +30,12 @@ RULES: dict[str, Selection] = {
     "parts": Selection("parts"),
     "parts, smoothed keys": Selection("parts", smooth=True),
     "mass": Selection("mass"),
+    "mean, guarded": Selection("mean", guard=0.05),
+    "mass, guarded": Selection("mass", guard=0.05),
+    "mass, neighbours first": Selection("mass", neighbours=1),
 }
-"""Rules that differ in how they score; shares are set by whoever measures."""
+"""Rules that differ in how they score; shares are set by whoever measures. A guard here is the share of blocks of keys
+that it lets through, since how alike tokens are depends on the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,10 @@ def recalls(
     q, k, mass = masses(sample, queries, keys)
     q_summary, k_summary = (summarise(x, layout, alike=True) for x, layout in ((q, queries), (k, keys)))
     sizes, free = keys.sizes.float(), ~keys.kept
+    if k_summary.alike is None:
+        raise ContractError("a summary with likeness was asked for and has none")
+    alike = k_summary.alike[..., free].flatten()
+    guards = {n: None if r.guard is None else float(alike.quantile(r.guard)) for n, r in rules.items()}
     block_mass = torch.zeros(*mass.shape[:2], queries.blocks, keys.blocks, device=q.device)
     block_mass.index_add_(2, queries.owner, mass)
     found = list[dict[str, Any]]()
@@ -131,7 +140,9 @@ def recalls(
     for keep in keeps:
         count = Selection(keep=keep).budget(keys.free)
         for name, rule in rules.items():
-            chosen = select(q_summary, k_summary, queries, keys, _with(rule, keep=keep, mass=None))
+            chosen = select(
+                q_summary, k_summary, queries, keys, replace(rule, keep=keep, mass=None, guard=guards[name])
+            )
             row(name, "keep", keep, table_of(chosen, keys))
         random = torch.rand(block_mass.shape, generator=torch.Generator().manual_seed(0)).to(q.device)
         for name, score in (("best possible", block_mass), ("random", random)):
@@ -140,13 +151,9 @@ def recalls(
     for share in shares:
         for name, rule in rules.items():
             if rule.score != "cosine":
-                chosen = select(q_summary, k_summary, queries, keys, _with(rule, keep=rule.keep, mass=share))
+                chosen = select(q_summary, k_summary, queries, keys, replace(rule, mass=share, guard=guards[name]))
                 row(name, "mass", share, table_of(chosen, keys))
     return found
-
-
-def _with(rule: Selection, keep: float, mass: float | None) -> Selection:
-    return Selection(rule.score, keep, mass, rule.least, rule.smooth, rule.guard, rule.neighbours)
 
 
 def averaged(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
