@@ -67,7 +67,10 @@ class BlockRecall:
         mean = averaged(rows, by)
         _print(mean)
         if self.out is not None:
-            layers = averaged([r for r in rows if r["kind"] == self.model], ("layer", *by[1:]))
+            middle = sorted(self.keeps)[len(self.keeps) // 2]
+            layers = averaged(
+                [r for r in rows if r["kind"] == self.model and r.get("keep") == middle], ("layer", *by[1:])
+            )
             where = environment(engine.device, command)
             result = {"format": "worldstride-recall", **where, "engine": engine_facts(engine), "rows": mean}
             write_json(self.out, {**result, "layers": layers})
