@@ -108,8 +108,12 @@ def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequ
     if name == "solver":
         return "the model brings its own solver"
     if name == "sparsity":
-        seen = [d for r in late if r.sparsity is not None for d in r.sparsity.decisions.values()]
-        return f"every attention was dense: {seen[0].reason}" if seen else "the model attends to no blocks"
+        known = [r.sparsity for r in late if r.sparsity is not None]
+        decisions = [d for r in known for d in r.decisions.values()]
+        if decisions:
+            return f"every attention was dense: {decisions[0].reason}"
+        asked = "no attention was asked to be sparse: all layers are dense_layers, or there was no context"
+        return asked if known else "the model attends to no blocks"
     if name == "kept":
         anew = "every context was encoded anew"
         least = None if settings.kept is None else settings.kept.anew

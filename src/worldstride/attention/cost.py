@@ -10,7 +10,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from worldstride.attention.layout import BLOCK
 from worldstride.errors import InputError
 
 Way = Literal["dense", "sparse", "hybrid"]
@@ -51,15 +50,17 @@ class Shape:
     kept: int
     """Keys that every query attends to."""
     q_blocks: int
+    blocks: int
+    """Blocks of keys."""
     kept_blocks: int
     listed: float
     """Blocks of keys listed for a block of queries, kept ones included; an estimate where the rule goes by mass."""
 
     @property
     def density(self) -> float:
-        """Share of all pairs of query and key blocks that is attended to, about."""
-        others = max(self.listed - self.kept_blocks, 0) * BLOCK
-        return min(1.0, (self.kept + others) / self.keys)
+        """Share of all pairs of a query and a key that is attended to, with blocks of average size."""
+        each = (self.keys - self.kept) / max(self.blocks - self.kept_blocks, 1)
+        return min(1.0, (self.kept + max(self.listed - self.kept_blocks, 0) * each) / self.keys)
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,31 @@ MARGIN = 0.97
 """Sparse ways must be predicted to take less than this share of dense attention's time: predictions err."""
 
 
-def decide(shape: Shape, rates: Rates | None, sparse: str = "", margin: float = MARGIN) -> Decision:
+FULL = 0.97
+"""Density from which on there is nothing to save."""
+
+
+def decide(shape: Shape, rates: Rates | None, lack: str = "", margin: float = MARGIN, obey: bool = False) -> Decision:
     """The way that is predicted to be fastest; dense unless another is so by a margin.
 
     Args:
         shape: the attention.
         rates: the device's; None where there are none, and then what was asked for is done.
-        sparse: why there is no sparse kernel; empty where there is one.
+        lack: why there is no sparse kernel; empty where there is one, or none is needed.
         margin: see `MARGIN`.
+        obey: be sparse whatever is predicted, if there is anything to leave out.
     """
     if shape.kept >= shape.keys:
         return Decision("dense", 1.0, {}, "every key is kept")
+    if obey:
+        return Decision("sparse", shape.density, {}, "asked to obey")
+    if lack:
+        return Decision("dense", 1.0, {}, f"no sparse kernel: {lack}")
     if rates is None:
         return Decision("sparse", shape.density, {}, "no rates were measured on this device: as asked")
     times = {"dense": dense_ms(shape, shape.keys, rates)}
-    if sparse:
-        return Decision("dense", 1.0, times, f"no sparse kernel: {sparse}")
+    if shape.density >= FULL:
+        return Decision("dense", 1.0, times, f"a density of {shape.density:.2f} saves nothing")
     times["sparse"] = sparse_ms(shape, shape.listed, rates) + rates.choosing / 1e3
     if shape.kept:
         pairs = shape.batch * shape.heads * shape.queries

@@ -152,7 +152,11 @@ def _layout(order: Tensor, sizes: Tensor, places: Tensor) -> Layout:
 def _numbered(grid: Grid, tile: Grid) -> Tensor:
     """Natural indices [T, H, W], once grid and tile are known to fit."""
     for name, value in (("grid", grid), ("tile", tile)):
-        if len(value) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value):
+        if (
+            not isinstance(value, tuple)
+            or len(value) != 3
+            or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value)
+        ):
             raise InputError(f"{name} must be three positive integers (latents, rows, columns), got {value!r}")
     if tile[0] * tile[1] * tile[2] > BLOCK:
         raise InputError(f"a tile has at most {BLOCK} tokens, got {tile} with {tile[0] * tile[1] * tile[2]}")

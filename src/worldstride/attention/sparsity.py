@@ -11,14 +11,18 @@ from torch import Tensor
 
 from worldstride.attention.cost import Decision, Rates, Shape, Way, decide
 from worldstride.attention.dense import Attend
-from worldstride.attention.layout import Grid, Layout, boxes, join, serpentine
+from worldstride.attention.layout import Layout, boxes, join, serpentine
 from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import KeyCache, prepare_queries
 from worldstride.attention.selection import PARTS, BlockList, Selection, density, select
-from worldstride.attention.sparse import attend_blocks, implementation
-from worldstride.errors import InputError, integer_from
+from worldstride.attention.sparse import attend_blocks, cannot, implementation
+from worldstride.errors import InputError, integer_from, number_in
 
 _LAYOUTS = {"boxes": boxes, "serpentine": serpentine}
+
+
+Pass = Literal["context", "chunk"]
+"""Which pass attends: that which encodes the context, or an evaluation of the chunk."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,22 @@ class Sparsity:
     denoise: Selection | None = None
     """What the chunk's queries choose from the context; None attends to all of it."""
     context: Selection | None = None
-    """What context latents choose from each other while they are encoded; None attends to all."""
+    """What context latents choose from each other while they are encoded together; None attends to all."""
     dense_layers: int = 1
     """First layers that attend to everything; published deployments keep one."""
+    expect: float = 0.5
+    """Share of the blocks that a rule by mass is taken to list when it is decided how to attend."""
     obey: bool = False
-    """Attend sparsely even where dense attention is predicted to be as fast."""
+    """Attend sparsely even where dense attention is predicted to be as fast, or no kernel is there for it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.tile, list):  # as JSON and TOML have it
             object.__setattr__(self, "tile", tuple(self.tile))
-        if self.layout not in _LAYOUTS:
+        if self.layout not in ("boxes", "serpentine"):
             raise InputError(f"sparsity.layout must be boxes or serpentine, got {self.layout!r}")
         _LAYOUTS[self.layout]((1, 1, 1), self.tile)  # says what is wrong with the tile
         integer_from("sparsity.dense_layers", self.dense_layers, 0)
+        number_in("sparsity.expect", self.expect, 0, 1)
         if self.denoise is None and self.context is None:
             raise InputError("sparsity needs denoise, context or both; with neither everything is attended to")
 
@@ -59,9 +66,11 @@ class SparsityReport:
     """Share of query-key pairs attended to in all layers: "chunk" of a chunk's queries, "context" of the context's;
     each where a rule was given."""
     implementation: str
-    """What computed sparse attention."""
+    """What computed sparse attention; "none" where none was sparse."""
     decisions: dict[str, Decision]
     """For each kind and size of attention what was decided, and from which prediction."""
+    bytes: int
+    """Bytes of the context's keys and values in blocks, beside those that the model holds."""
 
 
 class SparseAttend:
@@ -90,60 +99,70 @@ class SparseAttend:
         self._calls: dict[Way, int] = {"dense": 0, "sparse": 0, "hybrid": 0}
         self._densities: dict[str, list[tuple[Tensor | float, int]]] = {}
         self._implementation = "none"
-        self._layers: dict[int, LayerAttend] = {}
+        self._layers: dict[tuple[Pass, int], LayerAttend] = {}
 
-    def at(self, layer: int) -> LayerAttend:
-        """Attention of one layer; the same object each time, since it keeps the context's blocks."""
-        if layer not in self._layers:
-            self._layers[layer] = LayerAttend(self, layer >= self.settings.dense_layers)
-        return self._layers[layer]
+    def at(self, layer: int, kind: Pass) -> LayerAttend:
+        """Attention of one layer in one pass; the same object each time, since it keeps the context's blocks."""
+        if (kind, layer) not in self._layers:
+            rule = self.settings.denoise if kind == "chunk" else self.settings.context
+            self._layers[kind, layer] = LayerAttend(self, kind, rule, layer >= self.settings.dense_layers)
+        return self._layers[kind, layer]
 
     def report(self) -> SparsityReport:
-        """What was done so far; waits for the device."""
-        density = {
-            kind: sum(float(share) * n for share, n in found) / sum(n for _, n in found)
-            for kind, found in self._densities.items()
-        }
+        """What was done so far; waits for the device, once."""
+        shares = [share for found in self._densities.values() for share, _ in found]
+        known = iter(torch.stack([torch.as_tensor(s).float().cpu() for s in shares]).tolist() if shares else [])
+        density = {}
+        for kind, found in self._densities.items():
+            pairs = [(next(known), n) for _, n in found]
+            density[kind] = sum(share * n for share, n in pairs) / sum(n for _, n in pairs)
         calls = {way: n for way, n in self._calls.items() if n}
-        return SparsityReport(calls, density, self._implementation, dict(self._decisions))
+        held = sum(layer.bytes for layer in self._layers.values())
+        return SparsityReport(calls, density, self._implementation, dict(self._decisions), held)
 
-    def layout(self, frames: int, device: torch.device, kept: bool = False) -> Layout:
-        """Blocks of some latents; the context's lie within its segments."""
-        parts = self.segments if not kept and sum(self.segments) == frames else (frames,)
-        key = (parts, self.grid, self.settings.tile, self.settings.layout, str(device), kept)
+    def layout(self, frames: int, device: torch.device) -> Layout:
+        """Blocks of context latents, which lie within its segments."""
+        parts = self.segments if sum(self.segments) == frames else (frames,)
+        return self._made((parts, ()), device)
+
+    def own(self, frames: int, device: torch.device) -> Layout:
+        """Blocks of a chunk's latents, always attended to."""
+        return self._made(((), (frames,)), device)
+
+    def joined(self, past: int, frames: int, device: torch.device) -> Layout:
+        """Blocks of the context's latents and then of the chunk's."""
+        parts = self.segments if sum(self.segments) == past else (past,)
+        return self._made((parts, (frames,)), device)
+
+    def _made(self, parts: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device) -> Layout:
+        """Made on the host and sent to the device once: joining what is on a device would wait for it."""
+        key = (parts, self.grid, self.settings.tile, self.settings.layout, str(device))
         if key not in self._layouts:
-            made = join([_LAYOUTS[self.settings.layout](self._span(n), self.settings.tile) for n in parts])
-            self._layouts[key] = (made.always() if kept else made).to(device)
+            make = _LAYOUTS[self.settings.layout]
+            free, kept = ([make((n, *self.grid), self.settings.tile) for n in some] for some in parts)
+            self._layouts[key] = join([*free, *(k.always() for k in kept)]).to(device)
         return self._layouts[key]
 
-    def joined(self, history: Layout, own: Layout) -> Layout:
-        """The context's blocks and then the chunk's."""
-        key = (id(history), id(own))
-        if key not in self._layouts:
-            self._layouts[key] = join([history, own])
-        return self._layouts[key]
-
-    def decided(self, kind: str, q: Tensor, queries: Layout, keys: Layout, kept: int, rule: Selection) -> Decision:
+    def decided(self, kind: Pass, q: Tensor, queries: Layout, keys: Layout, kept: int, rule: Selection) -> Decision:
         """How to attend, decided once for each kind and size."""
-        name = f"{kind}, {q.shape[2]} x {keys.tokens}"
+        name = f"{kind}, {q.shape[0]} x {q.shape[1]} heads, {q.shape[2]} x {keys.tokens}"
         if name not in self._decisions:
-            listed = keys.blocks - keys.free + (rule.budget(keys.free) if rule.mass is None else keys.free / 2)
+            held = keys.blocks - keys.free
+            chosen = rule.budget(keys.free) if rule.mass is None else self.settings.expect * keys.free
             shape = Shape(
-                q.shape[0], q.shape[1], q.shape[3], q.shape[2], keys.tokens, kept, queries.blocks,
-                keys.blocks - keys.free, listed,
+                q.shape[0], q.shape[1], q.shape[3], q.shape[2], keys.tokens, kept, queries.blocks, keys.blocks, held,
+                held + chosen,
             )  # fmt: skip
-            self._decisions[name] = decide(shape, None if self.settings.obey else self.rates(q.shape[3]))
+            lack = cannot(q, "triton") if q.device.type == "cuda" else ""
+            self._decisions[name] = decide(shape, self.rates(q.shape[3]), lack, obey=self.settings.obey)
         return self._decisions[name]
 
-    def note(self, kind: str, way: Way, q: Tensor, keys: int, share: Tensor | float = 1.0) -> None:
-        """Count one attention."""
+    def note(self, kind: Pass, way: Way, q: Tensor, keys: int, share: Tensor | float = 1.0) -> None:
+        """Count one attention. A share may still be on its way on the device."""
         self._calls[way] += 1
         self._densities.setdefault(kind, []).append((share, q.shape[0] * q.shape[1] * q.shape[2] * keys))
         if way != "dense":
             self._implementation = implementation(q)
-
-    def _span(self, frames: int) -> Grid:
-        return (frames, *self.grid)
 
     @overload
     def __call__(
@@ -163,13 +182,20 @@ class SparseAttend:
 
 
 class LayerAttend:
-    """Attention of one layer in one chunk."""
+    """Attention of one layer in one pass of one chunk."""
 
-    def __init__(self, owner: SparseAttend, sparse: bool) -> None:
-        """`sparse` False attends densely everywhere."""
-        self._owner, self._sparse = owner, sparse
-        self._past: tuple[Tensor, Tensor] | None = None
+    def __init__(self, owner: SparseAttend, kind: Pass, rule: Selection | None, sparse: bool) -> None:
+        """`sparse` False attends densely everywhere, and so does a rule of None."""
+        self._owner, self._rule, self._sparse = owner, rule, sparse
+        self._kind: Pass = kind
+        # the context that is in the cache, told by its very tensor: a batch whose worlds part gets new ones
+        self._past: Tensor | None = None
         self._cache: KeyCache | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the context in blocks."""
+        return 0 if self._cache is None else self._cache.bytes
 
     @overload
     def __call__(
@@ -188,66 +214,72 @@ class LayerAttend:
         return self._owner.dense(q, k, v, bias=bias, lse=lse)  # type: ignore[call-overload]
 
     def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Context latents attend to each other: q, k and v [B, H, N, E] in natural order -> [B, H, N, E]."""
-        rule, owner = self._owner.settings.context, self._owner
-        if rule is None:
-            return owner.dense(q, k, v)
-        if not self._sparse:
-            owner.note("context", "dense", q, k.shape[2])
-            return owner.dense(q, k, v)
+        """Latents of one pass attend to each other: q, k and v [B, H, N, E] in natural order -> [B, H, N, E].
+
+        Sparse where they are context latents; a chunk's own are always attended to.
+        """
+        rule, owner = self._rule, self._owner
+        if rule is None or not self._sparse or self._kind == "chunk":
+            return self._densely(q, k, v)
         layout = owner.layout(q.shape[2] // (owner.grid[0] * owner.grid[1]), q.device)
         decision = owner.decided("context", q, layout, layout, 0, rule)
         if decision.way == "dense":
-            owner.note("context", "dense", q, k.shape[2])
-            return owner.dense(q, k, v)
+            return self._densely(q, k, v)
         guarded = rule.guard is not None
         cache = KeyCache([layout], k.shape[0], k.shape[1], k.shape[3], k.dtype, alike=guarded, joined=layout)
         cache.write(0, k, v)
         queries = prepare_queries(q, layout, alike=guarded)
         listed = select(queries.summary, cache.summary, layout, layout, rule)
-        owner.note("context", "sparse", q, k.shape[2], density(listed, layout, layout).mean())
+        owner.note("context", "sparse", q, k.shape[2], _share(listed, layout, layout, 0, rule))
         return attend_blocks(queries.x, cache.k, cache.v, listed, layout, layout).out
 
     def chunk(self, q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
-        """A chunk's tokens attend to the context and to themselves: [B, H, Nq, E], all in natural order.
+        """New tokens attend to the context and to themselves: [B, H, Nq, E], all in natural order.
 
         Args:
-            q: queries [B, H, Nq, E] of the chunk.
+            q: queries [B, H, Nq, E] of the chunk; of new context latents, where the others were kept, which attend
+                densely.
             past: keys and values [B, H, Np, E] of the context; put in blocks once for as long as they are the same.
-            own: keys and values [B, H, Nq, E] of the chunk.
+            own: keys and values [B, H, Nq, E] of the new tokens.
         """
-        rule, owner = self._owner.settings.denoise, self._owner
-        if rule is None:
-            return self._dense(q, past, own)
-        if not self._sparse:
-            owner.note("chunk", "dense", q, past[0].shape[2] + own[0].shape[2])
-            return self._dense(q, past, own)
+        rule, owner = self._rule, self._owner
+        if rule is None or not self._sparse or self._kind == "context":
+            return self._densely(q, *(torch.cat([a, b], 2) for a, b in zip(past, own, strict=True)))
         tokens, guarded = owner.grid[0] * owner.grid[1], rule.guard is not None
-        queries = owner.layout(q.shape[2] // tokens, q.device, kept=True)
-        history = owner.layout(past[0].shape[2] // tokens, q.device)
-        if self._cache is None or self._past is None or self._past[0] is not past[0]:
-            joined = owner.joined(history, queries)
-            self._cache = KeyCache(
-                [history, queries], q.shape[0], q.shape[1], q.shape[3], q.dtype, PARTS, guarded, joined
-            )
-            self._cache.write(0, *past)
-            self._past = past
-        cache, keys = self._cache, self._cache.layout
+        before, made = past[0].shape[2] // tokens, q.shape[2] // tokens
+        queries, keys = owner.own(made, q.device), owner.joined(before, made, q.device)
         decision = owner.decided("chunk", q, queries, keys, queries.tokens, rule)
         if decision.way == "dense":
-            owner.note("chunk", "dense", q, keys.tokens)
-            return self._dense(q, past, own)
+            return self._densely(q, *(torch.cat([a, b], 2) for a, b in zip(past, own, strict=True)))
+        if self._cache is None or self._past is not past[0]:
+            spans = [owner.layout(before, q.device), queries]
+            self._cache = KeyCache(spans, q.shape[0], q.shape[1], q.shape[3], q.dtype, PARTS, guarded, keys)
+            self._cache.write(0, *past)
+            self._past = past[0]
+        cache = self._cache
         cache.write(1, *own)
         blocks = prepare_queries(q, queries, alike=guarded)
         listed = select(blocks.summary, cache.summary, queries, keys, rule)
-        owner.note("chunk", decision.way, q, keys.tokens, density(listed, queries, keys).mean())
+        owner.note("chunk", decision.way, q, keys.tokens, _share(listed, queries, keys, queries.tokens, rule))
         if decision.way == "sparse":
             return attend_blocks(blocks.x, cache.k, cache.v, listed, queries, keys).out
         far = attend_blocks(blocks.x, cache.k, cache.v, without(listed, keys), queries, keys)
         return merge(far, owner.dense(q, *own, lse=True)).out
 
-    def _dense(self, q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
-        return self._owner.dense(q, *(torch.cat([old, new], 2) for old, new in zip(past, own, strict=True)))
+    def _densely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._rule is not None:
+            self._owner.note(self._kind, "dense", q, k.shape[2])
+        return self._owner.dense(q, k, v)
+
+
+def _share(listed: BlockList, queries: Layout, keys: Layout, kept: int, rule: Selection) -> Tensor | float:
+    """Density of a list, averaged over worlds and heads.
+
+    Where all rows are as long as each other the host knows it, up to which of the short blocks were chosen.
+    """
+    if rule.mass is not None or rule.guard is not None:
+        return density(listed, queries, keys).mean()
+    return (kept + rule.budget(keys.free) * (keys.tokens - kept) / max(keys.free, 1)) / keys.tokens
 
 
 def without(listed: BlockList, layout: Layout) -> BlockList:

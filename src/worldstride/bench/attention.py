@@ -204,7 +204,8 @@ def _row(data: Prepared, rule: Selection, dense: Dense, rates: Rates | None, rou
     taken = picked[decision.way] + (times["select"] if decision.way != "dense" else 0.0)
     return {
         "case": case.name, "batch": case.batch, "heads": case.heads, "channels": case.channels, "queries": q.shape[2],
-        "keys": case.keys, "kept": case.kept, "keep": rule.keep, "density": real, "blocks": layout.blocks, "ms": times,
+        "keys": case.keys, "kept": case.kept, "rounds": rounds,
+        "keep": rule.keep, "density": real, "blocks": layout.blocks, "ms": times,
         "tflops": {
             "dense, cudnn": flops / base / 1e9,
             **{name: flops * real / times[name] / 1e9 for how in ways for name in (how, f"{how}, random lists")},
@@ -227,7 +228,7 @@ def _shape(data: Prepared, each: float) -> Shape:
     case, layout = data.case, data.cache.layout
     return Shape(
         case.batch, case.heads, case.channels, data.queries.tokens, case.keys, case.kept, data.queries.blocks,
-        layout.blocks - layout.free, each,
+        layout.blocks, layout.blocks - layout.free, each,
     )  # fmt: skip
 
 

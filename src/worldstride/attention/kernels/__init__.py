@@ -33,6 +33,7 @@ def attend_listed(
 
     A list may be one row [Mk] for all.
     """
+    q, k, v = (t if _described(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     batch, heads, tokens, channels = q.shape
     out = torch.empty(batch, tokens, heads, channels, device=q.device, dtype=q.dtype).transpose(1, 2)
     lse = torch.empty(batch, heads, tokens, device=q.device, dtype=torch.float32)
@@ -65,6 +66,12 @@ def attend_listed(
         *described, *tables, scale, heads, tokens, width, *offsets, **flags, BM=BLOCK, BN=BLOCK, E=channels, **options
     )
     return out, lse
+
+
+def _described(t: Tensor) -> bool:
+    """Whether the copy engine can read a tensor where it lies: multiples of 16 bytes, nothing repeated by strides."""
+    strides = [s * t.element_size() for n, s in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
+    return t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(s and s % 16 == 0 for s in strides)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, how: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -234,7 +234,7 @@ class CourtyardNetwork(nn.Module):
         tables, written = self.tables(geometry, x.dtype), list[KeysValues]()
         for i, (block, seen) in enumerate(zip(self.blocks, past or (None,) * len(self.blocks), strict=True)):
             last = i + 1 == len(self.blocks)  # its tokens go nowhere
-            run, how = self.how(attend, i)
+            run, how = self.how(attend, i, "context")
             x, k, v, _ = run(block, x, modulation, *tables, seen, how, False, last)
             written.append((k, v))
         return written
@@ -257,7 +257,7 @@ class CourtyardNetwork(nn.Module):
         level, modulation = self.level(sigma, x.dtype)
         tables = self.tables(geometry, x.dtype)
         for i, (block, past) in enumerate(zip(self.blocks, context, strict=True)):
-            run, how = self.how(attend, i)
+            run, how = self.how(attend, i, "chunk")
             x, _, _, part = run(block, x, modulation, *tables, past, how, outer is not None)
             if outer is not None and part is not None:
                 outer.append(part)
@@ -269,10 +269,10 @@ class CourtyardNetwork(nn.Module):
             x = self.refine(x, noisy.flatten(0, 1))
         return x.unflatten(0, (-1, frames))
 
-    def how(self, attend: Attend, layer: int) -> tuple[Callable[..., Any], Attend]:
+    def how(self, attend: Attend, layer: int, kind: Literal["context", "chunk"]) -> tuple[Callable[..., Any], Attend]:
         """What runs a block, and how its tokens attend. Sparse attention keeps blocks between calls: not compiled."""
         if isinstance(attend, SparseAttend):
-            return Block.forward, attend.at(layer)
+            return Block.forward, attend.at(layer, kind)
         return self.run, attend
 
     def tokens(self, patches: Tensor, layer: nn.Linear, geometry: Geometry) -> Tensor:
