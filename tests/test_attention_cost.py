@@ -112,7 +112,7 @@ def test_sparse_must_be_faster_by_a_margin(share: float, way: str):
 def test_a_way_that_is_not_faster_by_the_margin_is_named():
     shape = Shape(1, 1, 128, 128, 12800, 0, 1, 100, 0, 50.0)
     at = Rates(1, 4 * 128 * 12800 * 128 / 1e9, 0.98 * 20, 0.0, 0.0, 1.0)
-    assert decide(shape, at).reason == "sparse predicted at 0.98 of dense"
+    assert decide(shape, at).reason == "sparse was predicted to take 0.98 of dense attention's time"
 
 
 def test_choosing_costs_and_can_make_dense_faster():
@@ -172,9 +172,16 @@ def test_who_insists_is_obeyed_wherever_something_can_be_left_out(at: Rates | No
 
 
 @pytest.mark.parametrize("name", ["units", "dense", "block", "merging"])
-@pytest.mark.parametrize("value", [0, -1.5, float("nan")])
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), None])
 def test_rates_that_cannot_be_are_named_with_their_value(name: str, value: float):
-    with pytest.raises(InputError, match=rf"rates\.{name} must be above 0, got {value!r}"):
+    with pytest.raises(InputError, match=rf"rates\.{name} must be a number above 0 .*, got {value!r}"):
+        replace(EVEN, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["tile", "choosing"])
+@pytest.mark.parametrize("value", [-1.5, float("nan")])
+def test_times_are_never_below_nothing(name: str, value: float):
+    with pytest.raises(InputError, match=rf"rates\.{name} must be a number at least 0 .*, got {value!r}"):
         replace(EVEN, **{name: value})
 
 
