@@ -116,7 +116,7 @@ class Made:
             "cache": any(not e.computed for e in self.evaluations),
             "adaptive": s.adaptive is not None and spec.steps < asked,
             "attention": any(e.computed and not e.attended for e in self.evaluations),
-            "sparsity": self.sparsity is not None and any(way != "dense" for way in self.sparsity.calls),
+            "sparsity": self.sparsity is not None and any(d < 1 for d in self.sparsity.density.values()),
         }
         return tuple(name for name, fired in did.items() if fired)
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from worldstride.errors import InputError
+from worldstride.errors import number_in
 
 Way = Literal["dense", "sparse", "hybrid"]
 
@@ -34,8 +34,8 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0 and name not in ("tile", "choosing"):
-                raise InputError(f"rates.{name} must be above 0, got {value!r}")
+            spare = name in ("tile", "choosing")
+            number_in(f"rates.{name}", value, 0, 1e12, open_low=not spare)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def decide(shape: Shape, rates: Rates | None, lack: str = "", margin: float = MA
         times["hybrid"] = dense_ms(shape, shape.kept, rates) + rest + rates.choosing / 1e3 + merge
     best: Way = min(times, key=times.__getitem__)  # type: ignore[assignment]
     if best == "dense" or times[best] > margin * times["dense"]:
-        return Decision("dense", 1.0, times, f"{best} predicted at {times[best] / times['dense']:.2f} of dense")
+        other = min((way for way in times if way != "dense"), key=times.__getitem__)
+        slower = times[other] / times["dense"]
+        return Decision("dense", 1.0, times, f"{other} was predicted to take {slower:.2f} of dense attention's time")
     return Decision(best, shape.density, times, f"predicted {times['dense'] / times[best]:.2f} times as fast as dense")
 
 

@@ -37,6 +37,8 @@ class Layout:
     """Block coordinates (time, height, width) on the grid of tiles, int32 [M, 3]; -1 where there is no grid."""
     free: int
     """Blocks that are not kept: known to the host, which never waits for a device to learn it."""
+    even: bool = True
+    """Whether all blocks but the last of a span are of one size: known to the host, likewise."""
 
     @property
     def tokens(self) -> int:
@@ -67,7 +69,7 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same on another device."""
         order, starts, kept, places = (t.to(device) for t in (self.order, self.starts, self.kept, self.places))
-        return Layout(order, starts, kept, places, self.free)
+        return Layout(order, starts, kept, places, self.free, self.even)
 
     def always(self) -> Layout:
         """The same with every block kept."""
@@ -140,13 +142,15 @@ def join(parts: Sequence[Layout]) -> Layout:
         places.append(place)
         tokens += part.tokens
     kept = torch.cat([p.kept.cpu() for p in parts])
-    joined = Layout(torch.cat(orders), torch.cat(starts), kept, torch.cat(places), sum(p.free for p in parts))
+    free, even = sum(p.free for p in parts), all(p.even for p in parts)
+    joined = Layout(torch.cat(orders), torch.cat(starts), kept, torch.cat(places), free, even)
     return joined.to(parts[0].order.device)
 
 
 def _layout(order: Tensor, sizes: Tensor, places: Tensor) -> Layout:
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int()
-    return Layout(order, starts, torch.zeros(len(sizes), dtype=torch.bool), places, len(sizes))
+    even = bool((sizes[:-1] == sizes[0]).all())
+    return Layout(order, starts, torch.zeros(len(sizes), dtype=torch.bool), places, len(sizes), even)
 
 
 def _numbered(grid: Grid, tile: Grid) -> Tensor:

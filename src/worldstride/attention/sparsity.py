@@ -52,6 +52,12 @@ class Sparsity:
         _LAYOUTS[self.layout]((1, 1, 1), self.tile)  # says what is wrong with the tile
         integer_from("sparsity.dense_layers", self.dense_layers, 0)
         number_in("sparsity.expect", self.expect, 0, 1)
+        if not isinstance(self.obey, bool):
+            raise InputError(f"sparsity.obey must be true or false, got {self.obey!r}")
+        for name in ("denoise", "context"):
+            rule = getattr(self, name)
+            if rule is not None and not isinstance(rule, Selection):
+                raise InputError(f"sparsity.{name} must be a selection, got {rule!r}")
         if self.denoise is None and self.context is None:
             raise InputError("sparsity needs denoise, context or both; with neither everything is attended to")
 
@@ -153,8 +159,9 @@ class SparseAttend:
                 q.shape[0], q.shape[1], q.shape[3], q.shape[2], keys.tokens, kept, queries.blocks, keys.blocks, held,
                 held + chosen,
             )  # fmt: skip
-            lack = cannot(q, "triton") if q.device.type == "cuda" else ""
-            self._decisions[name] = decide(shape, self.rates(q.shape[3]), lack, obey=self.settings.obey)
+            lack, obey = cannot(q, "triton") if q.device.type == "cuda" else "", self.settings.obey
+            rates = None if obey or lack else self.rates(q.shape[3])  # measuring takes a second
+            self._decisions[name] = decide(shape, rates, lack, obey=obey)
         return self._decisions[name]
 
     def note(self, kind: Pass, way: Way, q: Tensor, keys: int, share: Tensor | float = 1.0) -> None:
@@ -275,9 +282,9 @@ class LayerAttend:
 def _share(listed: BlockList, queries: Layout, keys: Layout, kept: int, rule: Selection) -> Tensor | float:
     """Density of a list, averaged over worlds and heads.
 
-    Where all rows are as long as each other the host knows it, up to which of the short blocks were chosen.
+    Where all rows and blocks are as long as each other the host knows it, up to a span's last block.
     """
-    if rule.mass is not None or rule.guard is not None:
+    if rule.mass is not None or rule.guard is not None or not keys.even:
         return density(listed, queries, keys).mean()
     return (kept + rule.budget(keys.free) * (keys.tokens - kept) / max(keys.free, 1)) / keys.tokens
 

@@ -21,7 +21,7 @@ from worldstride.attention.layout import Grid, Layout, boxes, join, serpentine
 from worldstride.attention.partial import Partial
 from worldstride.attention.selection import BlockList, Selection, listed, select, summarise
 from worldstride.bench.attention_cases import Case, Style, structured
-from worldstride.errors import ContractError
+from worldstride.errors import ContractError, InputError
 
 RULES: dict[str, Selection] = {
     "mean": Selection("mean"),
@@ -110,6 +110,8 @@ def recalls(
     rules: Mapping[str, Selection],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Recall of every rule at every share of blocks kept, and at every share of mass asked for."""
+    if not sum(sample.segments):
+        raise InputError(f"{sample.name} attends to no context, of which blocks could be chosen")
     queries, keys = layouts(sample, tile, style)
     q, k, mass = masses(sample, queries, keys)
     q_summary, k_summary = (summarise(x, layout, alike=True) for x, layout in ((q, queries), (k, keys)))

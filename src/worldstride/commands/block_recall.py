@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from tyro.conf import arg
 
+from worldstride.attention import boxes
 from worldstride.bench.attention_cases import CASES, Style
 from worldstride.bench.block_recall import RULES, Recorder, Sample, averaged, recalls, structured_sample
 from worldstride.bench.environment import engine_facts, environment
@@ -18,7 +19,7 @@ from worldstride.bench.walks import FIRST_SEED, held_out_world
 from worldstride.commands.options import EngineOptions, ModelName, OptionalPath
 from worldstride.commands.table import table
 from worldstride.engine import Engine
-from worldstride.errors import InputError, integer_from
+from worldstride.errors import InputError, integer_from, number_in
 from worldstride.protocol import AttendsSparsely
 
 
@@ -51,6 +52,9 @@ class BlockRecall:
         integer_from("--worlds", self.worlds, 1)
         integer_from("--chunks", self.chunks, 1)
         tiles = [_tile(text) for text in self.tiles]
+        for name, shares in (("--keeps", self.keeps), ("--shares", self.shares)):
+            for share in shares:
+                number_in(name, share, 0, 1)
         engine, rows = self.engine.load(self.model), list[dict[str, Any]]()
         with torch.inference_mode():
             samples = list(tqdm(self._samples(engine), desc="activations", unit="attention"))
@@ -109,9 +113,11 @@ class BlockRecall:
 
 def _tile(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
-    if len(parts) != 3 or not all(p.isdigit() for p in parts):
+    if len(parts) != 3 or not all(p.isascii() and p.isdigit() for p in parts):
         raise InputError(f"a tile is latents x rows x columns, such as 4x8x4, got {text!r}")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+    tile = int(parts[0]), int(parts[1]), int(parts[2])
+    boxes((1, 1, 1), tile)  # says what is wrong with it, before anything is walked
+    return tile
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
