@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from worldstride.attention import Dense
+from worldstride.attention import Dense, rates
 from worldstride.attention.backends import capability
 from worldstride.attention.versions import INSTALLED, unusable
 from worldstride.bench.environment import hardware, versions
@@ -39,8 +39,11 @@ class Doctor:
             _say(f"cuda:{i}", f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB")
         _say("default device", device)
         _say("number format", str(dtype).removeprefix("torch."))
-        for line in Dense.measured(device, dtype).describe():
+        dense = Dense.measured(device, dtype)
+        for line in dense.describe():
             _say("attention", line)
+        if found := rates.measured(dense, device, dtype, 128):
+            _say("sparse attention", f"{found.block:.2f} us a block of keys, {found.tile:.1f} us a tile, heads of 128")
         _say("triton", kernels(device))
         try:
             file = shipped()
