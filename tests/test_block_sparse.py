@@ -245,9 +245,9 @@ def test_a_cpu_gathers_and_says_why_it_runs_no_kernel():
         ("gluon", "3.6.0+git1234", (9, 0), "^$"),
         ("gluon", "3.6.0", (8, 9), r"compute capability 9\.x, the device has 8\.9"),
         ("gluon", "3.6.0", (10, 0), r"compute capability 9\.x, the device has 10\.0"),
-        ("gluon", "3.5.1", (9, 0), r"triton 3\.6 up to, not with, 3\.9; installed is 3\.5\.1"),
-        ("gluon", "3.9.1", (9, 0), r"triton 3\.6 up to, not with, 3\.9; installed is 3\.9\.1"),
-        ("gluon", "3.10.0", (9, 0), r"triton 3\.6 up to, not with, 3\.9; installed is 3\.10\.0"),
+        ("gluon", "3.5.1", (9, 0), r"triton 3\.6 up to, not with, 3\.8; installed is 3\.5\.1"),
+        ("gluon", "3.8.1", (9, 0), r"triton 3\.6 up to, not with, 3\.8; installed is 3\.8\.1"),
+        ("gluon", "3.10.0", (9, 0), r"triton 3\.6 up to, not with, 3\.8; installed is 3\.10\.0"),
     ],
 )
 def test_what_triton_and_device_can_run(

@@ -55,10 +55,6 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
     def mean(value: Callable[[ChunkReport], float]) -> str:
         return f"{sum(map(value, reports)) / count:.1f}"
 
-    def of_kind(kind: str) -> float:
-        known = [r.sparsity.density[kind] for r in reports if r.sparsity is not None and kind in r.sparsity.density]
-        return sum(known) / len(known) if known else 1.0
-
     return {
         "steps": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
         "solver": "in place of Euler",
@@ -71,9 +67,18 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
         "adaptive": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
         "attention": f"{mean(lambda r: sum(e.computed and not e.attended for e in r.evaluations))} evaluations a chunk "
         "reused attention to the context",
-        "sparsity": "mean density "
-        + ", ".join(f"{of_kind(k):.3f} ({k})" for k in ("chunk", "context") if of_kind(k) < 1),
+        "sparsity": _sparsity(reports),
     }[name]
+
+
+def _sparsity(reports: Sequence[ChunkReport]) -> str:
+    known, words = [r.sparsity for r in reports if r.sparsity is not None], list[str]()
+    for kind in ("chunk", "context"):
+        shares = [r.density[kind] for r in known if kind in r.density]
+        if shares:
+            words.append(f"{sum(shares) / len(shares):.3f} ({kind})")
+    notes = dict.fromkeys(r.note for r in known if r.note)
+    return "; ".join([f"mean density {', '.join(words)}", *notes])
 
 
 def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
@@ -110,6 +115,8 @@ def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequ
     if name == "sparsity":
         known = [r.sparsity for r in late if r.sparsity is not None]
         decisions = [d for r in known for d in r.decisions.values()]
+        if any(way != "dense" for r in known for way in r.calls):
+            return "every block was chosen"
         if decisions:
             return f"every attention was dense: {decisions[0].reason}"
         asked = "no attention was asked to be sparse: all layers are dense_layers, or there was no context"

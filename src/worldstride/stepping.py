@@ -160,6 +160,13 @@ class _Batch:
         segments = (len(plan.sink), len(plan.memory), len(plan.window))
         return SparseAttend(engine.attention, settings, model.token_grid, segments, engine.rates, engine.layouts)
 
+    def sparsity(self, attend: Attend) -> SparsityReport | None:
+        """What block-sparse attention did, where it was asked for."""
+        if not isinstance(attend, SparseAttend):
+            return None
+        compiled = self.pending[0].session.engine.source.compiled
+        return replace(attend.report(), note="the model's blocks ran uncompiled" if compiled else "")
+
     def latents(self, places: Sequence[int]) -> Tensor:
         """Latents [B, n, ...] of some places of the context."""
         model = self.model
@@ -266,7 +273,7 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     pictures = frames.cpu().numpy()
     watch.mark()
     evaluations = run.evaluations()
-    sparsity = attend.report() if isinstance(attend, SparseAttend) else None
+    sparsity = batch.sparsity(attend)
     share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in watch.seconds()), strict=True))
     computed = [sum(e.computed for e in made) for made in evaluations]
     parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]

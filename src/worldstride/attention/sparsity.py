@@ -77,6 +77,8 @@ class SparsityReport:
     """For each kind and size of attention what was decided, and from which prediction."""
     bytes: int
     """Bytes of the context's keys and values in blocks, beside those that the model holds."""
+    note: str = ""
+    """What else it cost."""
 
 
 class SparseAttend:

@@ -7,10 +7,10 @@ import importlib.util
 
 TRITON = (3, 4)
 """Oldest Triton with tensor descriptors made by the host."""
-GLUON = ((3, 6), (3, 9))
+GLUON = ((3, 6), (3, 8))
 """Tritons whose Gluon the warp-specialised kernel is written for: from, up to and without. It was measured with 3.6 and
-compiles to the same structure with 3.7 and 3.8. Gluon is experimental and changes from minor version to minor version
-(3.9 lacks a function that is used); any other Triton takes the plain kernel."""
+compiles to the same structure with 3.7. Gluon is experimental and changes from minor version to minor version (3.8
+spills registers in one variant, 3.9 lacks a function that is used); any other Triton takes the plain kernel."""
 
 
 def _installed() -> str | None:

@@ -70,7 +70,7 @@ def attend_listed(
 
 def _described(t: Tensor) -> bool:
     """Whether the copy engine can read a tensor where it lies: multiples of 16 bytes, nothing repeated by strides."""
-    strides = [s * t.element_size() for n, s in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
+    strides = [s * t.element_size() for s in t.stride()[:-1]]
     return t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(s and s % 16 == 0 for s in strides)
 
 
