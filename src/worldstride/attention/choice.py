@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from worldstride.attention import choices
 from worldstride.attention.backends import BACKENDS, Backend, Need, capability, need_of, unmeasured
-from worldstride.attention.dense import check, compute
+from worldstride.attention.dense import Attending, check, compute
 from worldstride.attention.measuring import (
     KEYS,
     MEASURED_KEYS,
@@ -36,7 +35,7 @@ WORTH = 1.1
 """A backend without plans within this ratio of one with plans is as good as that in two parts."""
 
 
-class Dense:
+class Dense(Attending):
     """An `Attend` that picks the fastest measured backend for the sizes it is given.
 
     Nothing changes it, and `torch.compile` can trace it: a choice depends on sizes only. Where nothing was measured (on
@@ -115,25 +114,13 @@ class Dense:
         other.key_lengths = _lengths([*self.key_lengths, *key_lengths])
         return other
 
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
-    ) -> Partial: ...
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: bool = False
-    ) -> Tensor | Partial:
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> Tensor | Partial:
         """See `dense.attend`."""
         check(q, k, v, bias)
-        out, total = self._attended(q, k, v, bias, lse)
+        out, total = self._computed(q, k, v, bias, lse)
         return out if total is None else Partial(out, total)
 
-    def _attended(
+    def _computed(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         keys = k.shape[2]

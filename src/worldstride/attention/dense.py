@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, Protocol, overload
 
 import torch
@@ -29,6 +30,30 @@ class Attend(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
     ) -> Partial: ...
+
+
+class Attending(ABC):
+    """An `Attend` that is an object: whoever inherits says once how it attends, for both kinds of result."""
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
+    ) -> Partial: ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: bool = False
+    ) -> Tensor | Partial:
+        """See `Attend`."""
+        return self.attended(q, k, v, bias, lse)
+
+    @abstractmethod
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> Tensor | Partial:
+        """What a call gives: a `Partial` with `lse`, else its output alone."""
 
 
 @overload

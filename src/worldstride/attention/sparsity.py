@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from worldstride.attention.cost import Decision, Rates, Shape, Way, decide
-from worldstride.attention.dense import Attend
+from worldstride.attention.dense import Attend, Attending
 from worldstride.attention.layout import Layout, boxes, join, serpentine
 from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import KeyCache, prepare_queries
@@ -81,7 +81,7 @@ class SparsityReport:
     """What else it cost."""
 
 
-class SparseAttend:
+class SparseAttend(Attending):
     """Sparse attention of one chunk. Models that know it ask `at` for a layer's; dense attention is what it was."""
 
     def __init__(
@@ -173,24 +173,12 @@ class SparseAttend:
         if way != "dense":
             self._implementation = implementation(q)
 
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
-    ) -> Partial: ...
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: bool = False
-    ) -> Tensor | Partial:
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> Tensor | Partial:
         """Dense attention: what a model that knows no blocks gets."""
         return self.dense(q, k, v, bias=bias, lse=lse)  # type: ignore[call-overload]
 
 
-class LayerAttend:
+class LayerAttend(Attending):
     """Attention of one layer in one pass of one chunk."""
 
     def __init__(self, owner: SparseAttend, kind: Pass, rule: Selection | None, sparse: bool) -> None:
@@ -206,19 +194,7 @@ class LayerAttend:
         """Bytes of the context in blocks."""
         return 0 if self._cache is None else self._cache.bytes
 
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
-    ) -> Partial: ...
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: bool = False
-    ) -> Tensor | Partial:
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> Tensor | Partial:
         """Dense attention."""
         return self._owner.dense(q, k, v, bias=bias, lse=lse)  # type: ignore[call-overload]
 

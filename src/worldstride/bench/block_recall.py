@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from worldstride.attention import attend
-from worldstride.attention.dense import Attend
+from worldstride.attention.dense import Attend, Attending
 from worldstride.attention.layout import Grid, Layout, boxes, join, serpentine
 from worldstride.attention.partial import Partial
 from worldstride.attention.selection import BlockList, Selection, listed, select, summarise
@@ -54,25 +54,13 @@ class Sample:
     """Latents of each part of the context."""
 
 
-class Recorder:
+class Recorder(Attending):
     """An `Attend` that keeps the queries and keys of every attention to a context, and attends densely."""
 
     def __init__(self, inner: Attend = attend) -> None:
         self.inner, self.seen = inner, list[tuple[Tensor, Tensor]]()
 
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: Literal[True]
-    ) -> Partial: ...
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lse: bool = False
-    ) -> Tensor | Partial:
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> Tensor | Partial:
         """Dense attention, remembered where keys are not the queries' own."""
         if k.shape[2] > q.shape[2]:
             self.seen.append((q.detach(), k.detach()))
