@@ -25,7 +25,6 @@ from worldstride.bench.block_recall import (
     masses,
     recalls,
     structured_sample,
-    table_of,
 )
 from worldstride.cli import main
 from worldstride.commands.attention import Attention
@@ -184,11 +183,11 @@ def test_a_list_is_a_table_again():
     _, keys = layouts(small_sample(), (2, 4, 4), "serpentine")
     table = torch.rand(1, 2, 5, keys.blocks, generator=torch.Generator().manual_seed(0)) < 0.5
     table[..., 0] = True
-    assert torch.equal(table_of(listed(table, keys), keys), table)
+    assert torch.equal(listed(table, keys).table(), table)
     table[..., 0] = False
-    assert torch.equal(table_of(listed(table, keys), keys), table)
+    assert torch.equal(listed(table, keys).table(), table)
     queries, _ = layouts(small_sample(), (2, 4, 4), "serpentine")
-    assert bool(table_of(everything(1, 2, queries, keys), keys).all())
+    assert bool(everything(1, 2, queries, keys).table().all())
 
 
 def test_all_blocks_have_all_of_the_attention():

@@ -95,13 +95,18 @@ def compute(
         return out, torch.full_like(q[..., 0], -torch.inf, dtype=torch.float32) if lse else None
     if bias is None:
         return backend.run(q, k, v, None, lse)
-    own = bias.float()[(None,) * (3 - bias.ndim)] if bias.ndim != 2 else bias.float()[:, None]
+    own = by_head(bias).float()
     top = own.amax(-1, keepdim=True)[:, :, None]  # [B or 1, H or 1, 1, 1]
     hidden = top == -torch.inf
     # only differences count; without what all keys have in common, half precision keeps them
     out, total = backend.run(q, k, v, own[:, :, None] - top.masked_fill(hidden, 0), lse)
     out = out.masked_fill(hidden, 0)
     return out, None if total is None else (total + top[..., 0]).masked_fill(hidden[..., 0], -torch.inf)
+
+
+def by_head(bias: Tensor) -> Tensor:
+    """A key bias [Nk], [B, Nk] or [B, H, Nk] as [B or 1, H or 1, Nk]."""
+    return bias[:, None] if bias.ndim == 2 else bias[(None,) * (3 - bias.ndim)]
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
@@ -146,6 +151,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, ls
     """The same in float64, written out, log-sum-exp included: the truth in tests."""
     score = torch.einsum("bhqe,bhke->bhqk", q.double(), k.double()) / q.shape[-1] ** 0.5
     if bias is not None:
-        score = score + (bias[:, None] if bias.ndim == 2 else bias).double()[..., None, :]
+        score = score + by_head(bias).double()[..., None, :]
     out = torch.einsum("bhqk,bhke->bhqe", score.softmax(-1), v.double())
     return Partial(out, score.logsumexp(-1)) if lse else out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from worldstride.attention import ops
 from worldstride.attention.layout import Layout, join
-from worldstride.attention.selection import PARTS, Summary, summarise, unit_sums
+from worldstride.attention.selection import PARTS, Summary, likeness, summarise, unit_sums
 from worldstride.errors import InputError
 
 
@@ -90,7 +90,7 @@ def prepare_queries(
     means = torch.empty(batch, heads, layout.blocks, parts, channels, device=x.device, dtype=x.dtype)
     units = torch.empty(means.shape, device=x.device) if alike else None
     _launch(x, None, layout, preparation, out, None, means, units, 0, 0)
-    return Blocks(out, Summary(means, _alike(units, layout)))
+    return Blocks(out, Summary(means, None if units is None else likeness(units, layout)))
 
 
 class KeyCache:
@@ -123,7 +123,7 @@ class KeyCache:
     @property
     def summary(self) -> Summary:
         """Summary of all blocks."""
-        return Summary(self.means, _alike(self.units, self.layout))
+        return Summary(self.means, None if self.units is None else likeness(self.units, self.layout))
 
     @property
     def bytes(self) -> int:
@@ -162,11 +162,6 @@ def _launch(
         x, v, how.weight, how.angles, layout.order, layout.starts, out, v_out, means, units, at, block,
         how.interleaved, how.eps,
     )  # fmt: skip
-
-
-def _alike(units: Tensor | None, layout: Layout) -> Tensor | None:
-    """Mean cosine similarity [B, H, M] of all pairs of a block's tokens, from sums of their unit vectors."""
-    return None if units is None else units.sum(3).square().sum(-1) / layout.sizes.square()
 
 
 def _fits(x: Tensor, layout: Layout, preparation: Preparation) -> None:

@@ -45,6 +45,20 @@ class BlockList(NamedTuple):
     counts: Tensor
     """int32 [B, H, Mq, 2]: how many of them are full, and how many there are."""
 
+    def before(self, which: Literal[0, 1]) -> Tensor:
+        """Places of a row before `counts[which]`, bool [B, H, Mq, Mk]: of full blocks, or of all that are listed."""
+        return torch.arange(self.blocks.shape[-1], device=self.counts.device) < self.counts[..., which, None]
+
+    def numbers(self) -> Tensor:
+        """Blocks as indices, int64 [B, H, Mq, Mk]; that of some block where an entry means nothing."""
+        return self.blocks.long().clamp(0, self.blocks.shape[-1] - 1)
+
+    def table(self) -> Tensor:
+        """Which blocks are listed, bool [B, H, Mq, Mk]: what `listed` makes a list of."""
+        there = self.before(1)
+        marks = torch.zeros(there.shape, dtype=torch.int32, device=there.device)
+        return marks.scatter_add_(-1, self.numbers(), there.int()) > 0
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -99,12 +113,17 @@ def summarise(x: Tensor, layout: Layout, parts: int = PARTS, alike: bool = False
     means = torch.where(count > 0, sums / count.clamp_min(1), whole).to(x.dtype)
     if not alike:
         return Summary(means)
-    return Summary(means, unit_sums(x, layout, parts).sum(3).square().sum(-1) / sizes.square())
+    return Summary(means, likeness(unit_sums(x, layout, parts), layout))
 
 
 def unit_sums(x: Tensor, layout: Layout, parts: int = PARTS) -> Tensor:
     """Sums [B, H, M, parts, E] of the tokens' unit vectors, float32."""
     return _part_sums(F.normalize(x.float(), dim=-1), layout, parts)
+
+
+def likeness(units: Tensor, layout: Layout) -> Tensor:
+    """`Summary.alike` [B, H, M] from sums of unit vectors [B, H, M, parts, E]."""
+    return units.sum(3).square().sum(-1) / layout.sizes.square()
 
 
 def _part_sums(x: Tensor, layout: Layout, parts: int) -> Tensor:
@@ -159,7 +178,7 @@ def choose(
         order = share.masked_fill(kept, 0).sort(dim=-1, descending=True, stable=True)
         before = order.values.cumsum(-1) - order.values
         chosen = torch.zeros_like(kept).scatter(-1, order.indices, before < wanted) | near
-    return _listed(kept | (chosen & free), layout)
+    return listed(kept | (chosen & free), layout)
 
 
 def select(queries: Summary, keys: Summary, query_layout: Layout, layout: Layout, rule: Selection) -> BlockList:
@@ -181,7 +200,7 @@ def select(queries: Summary, keys: Summary, query_layout: Layout, layout: Layout
 def everything(batch: int, heads: int, query_layout: Layout, layout: Layout) -> BlockList:
     """Every block for every block of queries: dense attention."""
     shape = (batch, heads, query_layout.blocks, layout.blocks)
-    return _listed(torch.ones(shape, dtype=torch.bool, device=layout.starts.device), layout)
+    return listed(torch.ones(shape, dtype=torch.bool, device=layout.starts.device), layout)
 
 
 def neighbours(queries: Layout, keys: Layout, reach: int) -> Tensor:
@@ -194,13 +213,16 @@ def listed(chosen: Tensor, layout: Layout) -> BlockList:
     """A list from a table of which blocks are attended to, bool [B, H, Mq, Mk]."""
     if chosen.shape[-1] != layout.blocks:
         raise InputError(f"the table has {chosen.shape[-1]} blocks of keys, the layout {layout.blocks}")
-    return _listed(chosen, layout)
+    ragged = layout.sizes < BLOCK
+    key = (~chosen).int() * 2 + ragged.int()  # full ones first
+    order = key.sort(dim=-1, stable=True).indices.int()
+    full = (chosen & ~ragged).sum(-1)
+    return BlockList(order, torch.stack([full, chosen.sum(-1)], -1).int())
 
 
 def density(blocks: BlockList, query_layout: Layout, layout: Layout) -> Tensor:
     """Share of all pairs of a query and a key that is attended to, float32 [B, H]; stays on the device."""
-    listed = torch.arange(layout.blocks, device=layout.starts.device) < blocks.counts[..., 1:]
-    keys = (layout.sizes[blocks.blocks.long().clamp(0, layout.blocks - 1)] * listed).sum(-1).float()  # [B, H, Mq]
+    keys = (layout.sizes[blocks.numbers()] * blocks.before(1)).sum(-1).float()  # [B, H, Mq]
     return (keys * query_layout.sizes).sum(-1) / (query_layout.tokens * layout.tokens)
 
 
@@ -208,14 +230,6 @@ def _predicted(scores: Tensor, layout: Layout, rule: Selection) -> Tensor:
     """Predicted shares of attention; with `parts` a block's tokens are in its score already."""
     weight = scores if rule.score == "parts" else scores + layout.sizes.float().log()
     return weight.softmax(-1)
-
-
-def _listed(chosen: Tensor, layout: Layout) -> BlockList:
-    ragged = layout.sizes < BLOCK
-    key = (~chosen).int() * 2 + ragged.int()  # full ones first
-    order = key.sort(dim=-1, stable=True).indices.int()
-    full = (chosen & ~ragged).sum(-1)
-    return BlockList(order, torch.stack([full, chosen.sum(-1)], -1).int())
 
 
 def _fits(q: Tensor, k: Tensor, layout: Layout, rule: Selection) -> None:

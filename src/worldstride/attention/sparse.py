@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from worldstride.attention import ops
-from worldstride.attention.dense import attend
+from worldstride.attention.dense import attend, by_head
 from worldstride.attention.layout import Layout
 from worldstride.attention.partial import Partial
 from worldstride.attention.selection import BlockList
@@ -62,7 +62,7 @@ def attend_blocks(
         if refusal:
             raise InputError(f"attention by {how} is not possible here: {refusal}")
         rows = queries.order if natural else None
-        extra = None if bias is None else bias[:, None] if bias.dim() == 2 else bias
+        extra = None if bias is None else by_head(bias)
         tables = (listed.blocks, listed.counts, queries.starts, keys.starts)
         return Partial(*ops.attend_listed(q, k, v, *tables, rows, extra, how))
     part = gathered(q, k, v, listed, queries, keys, bias)
@@ -92,8 +92,8 @@ def gathered(
     batch, heads, _, channels = q.shape
     starts, sizes = keys.starts[:-1].long(), keys.sizes.long()
     lane, parts = torch.arange(int(sizes.max()), device=q.device), list[Partial]()
-    weight = torch.zeros((), device=q.device) if bias is None else bias.float()
-    weight = weight.expand(batch, heads, keys.tokens) if weight.dim() != 2 else weight[:, None].expand(-1, heads, -1)
+    weight = torch.zeros(1, 1, 1, device=q.device) if bias is None else by_head(bias).float()
+    weight = weight.expand(batch, heads, keys.tokens)
     most = listed.counts[..., 1].amax((0, 1)).tolist()
     spans = queries.starts.tolist()
     for i, (first, last) in enumerate(pairwise(spans)):
@@ -117,14 +117,10 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, listed: BlockList, queries: Layout, keys: Layout, bias: Tensor | None = None
 ) -> Partial:
     """The same in float64 as one masked softmax: every token's block decides, nothing else. The truth in tests."""
-    rows = torch.arange(keys.blocks, device=q.device) < listed.counts[..., 1:]
-    table = torch.zeros(rows.shape, dtype=torch.int32, device=q.device)
-    valid = listed.blocks.long().clamp(0, keys.blocks - 1)
-    table.scatter_add_(-1, torch.where(rows, valid, 0), rows.int())  # [B, H, Mq, Mk]
-    seen = table.bool()[:, :, queries.owner][..., keys.owner]  # [B, H, Nq, Nk]
+    seen = listed.table()[:, :, queries.owner][..., keys.owner]  # [B, H, Nq, Nk]
     scores = torch.einsum("bhqe,bhke->bhqk", q.double(), k.double()) * q.shape[-1] ** -0.5
     if bias is not None:
-        scores = scores + (bias[:, None] if bias.dim() == 2 else bias).double()[..., None, :]
+        scores = scores + by_head(bias).double()[..., None, :]
     scores = scores.masked_fill(~seen, -torch.inf)
     return Partial(torch.einsum("bhqk,bhke->bhqe", scores.softmax(-1), v.double()), scores.logsumexp(-1))
 

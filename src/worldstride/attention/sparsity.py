@@ -269,10 +269,7 @@ def _share(listed: BlockList, queries: Layout, keys: Layout, kept: int, rule: Se
 
 def without(listed: BlockList, layout: Layout) -> BlockList:
     """The list without blocks that the layout keeps, which come last in it: those are attended to elsewhere."""
-    held = layout.kept[listed.blocks.long().clamp(0, layout.blocks - 1)]
-    there = torch.arange(layout.blocks, device=held.device) < listed.counts[..., 1:]
-    full = torch.arange(layout.blocks, device=held.device) < listed.counts[..., :1]
-    order = (held | ~there).int().sort(dim=-1, stable=True).indices
-    free = there & ~held
-    counts = torch.stack([(free & full).sum(-1), free.sum(-1)], -1).int()
+    free = listed.before(1) & ~layout.kept[listed.numbers()]
+    order = (~free).int().sort(dim=-1, stable=True).indices
+    counts = torch.stack([(free & listed.before(0)).sum(-1), free.sum(-1)], -1).int()
     return BlockList(listed.blocks.gather(-1, order), counts)

@@ -19,7 +19,7 @@ from worldstride.attention import attend
 from worldstride.attention.dense import Attend, Attending
 from worldstride.attention.layout import Grid, Layout, boxes, join, serpentine
 from worldstride.attention.partial import Partial
-from worldstride.attention.selection import BlockList, Selection, listed, select, summarise
+from worldstride.attention.selection import Selection, listed, select, summarise
 from worldstride.bench.attention_cases import Case, Style, structured
 from worldstride.errors import ContractError, InputError
 
@@ -86,13 +86,6 @@ def masses(sample: Sample, queries: Layout, keys: Layout) -> tuple[Tensor, Tenso
     return q, k, torch.zeros(shape, device=q.device).index_add_(3, keys.owner, weights)
 
 
-def table_of(blocks: BlockList, keys: Layout) -> Tensor:
-    """Which blocks are listed, bool [B, H, Mq, Mk]."""
-    there = torch.arange(keys.blocks, device=blocks.counts.device) < blocks.counts[..., 1:]
-    marks = torch.zeros(there.shape, dtype=torch.int32, device=there.device)
-    return marks.scatter_add_(-1, torch.where(there, blocks.blocks.long(), 0), there.int()) > 0
-
-
 def recalls(
     sample: Sample, tile: Grid, style: Style, keeps: Sequence[float], shares: Sequence[float],
     rules: Mapping[str, Selection],
@@ -133,16 +126,16 @@ def recalls(
             chosen = select(
                 q_summary, k_summary, queries, keys, replace(rule, keep=keep, mass=None, guard=guards[name])
             )
-            row(name, "keep", keep, table_of(chosen, keys))
+            row(name, "keep", keep, chosen.table())
         random = torch.rand(block_mass.shape, generator=torch.Generator().manual_seed(0)).to(q.device)
         for name, score in (("best possible", block_mass), ("random", random)):
             rank = score.masked_fill(keys.kept, -1).argsort(-1, descending=True).argsort(-1)
-            row(name, "keep", keep, table_of(listed((rank < count) | keys.kept, keys), keys))
+            row(name, "keep", keep, listed((rank < count) | keys.kept, keys).table())
     for share in shares:
         for name, rule in rules.items():
             if rule.score != "cosine":
                 chosen = select(q_summary, k_summary, queries, keys, replace(rule, mass=share, guard=guards[name]))
-                row(name, "mass", share, table_of(chosen, keys))
+                row(name, "mass", share, chosen.table())
     return found
 
 
