@@ -118,11 +118,11 @@ class SparseAttend(Attending):
 
     def report(self) -> SparsityReport:
         """What was done so far; waits for the device, once."""
-        shares = [share for found in self._densities.values() for share, _ in found]
-        known = iter(torch.stack([torch.as_tensor(s).float().cpu() for s in shares]).tolist() if shares else [])
+        shares = [share for found in self._densities.values() for share, _ in found if isinstance(share, Tensor)]
+        known = iter(torch.stack(shares).tolist() if shares else [])
         density = {}
         for kind, found in self._densities.items():
-            pairs = [(next(known), n) for _, n in found]
+            pairs = [(next(known) if isinstance(share, Tensor) else share, n) for share, n in found]
             density[kind] = sum(share * n for share, n in pairs) / sum(n for _, n in pairs)
         calls = {way: n for way, n in self._calls.items() if n}
         held = sum(layer.bytes for layer in self._layers.values())
@@ -229,13 +229,13 @@ class LayerAttend(Attending):
         """
         rule, owner = self._rule, self._owner
         if rule is None or not self._sparse or self._kind == "context":
-            return self._densely(q, *(torch.cat([a, b], 2) for a, b in zip(past, own, strict=True)))
+            return self._to_all(q, past, own)
         tokens, guarded = owner.grid[0] * owner.grid[1], rule.guard is not None
         before, made = past[0].shape[2] // tokens, q.shape[2] // tokens
         queries, keys = owner.own(made, q.device), owner.joined(before, made, q.device)
         decision = owner.decided("chunk", q, queries, keys, queries.tokens, rule)
         if decision.way == "dense":
-            return self._densely(q, *(torch.cat([a, b], 2) for a, b in zip(past, own, strict=True)))
+            return self._to_all(q, past, own)
         if self._cache is None or self._past is not past[0]:
             spans = [owner.layout(before, q.device), queries]
             self._cache = KeyCache(spans, q.shape[0], q.shape[1], q.shape[3], q.dtype, PARTS, guarded, keys)
@@ -250,6 +250,9 @@ class LayerAttend(Attending):
             return attend_blocks(blocks.x, cache.k, cache.v, listed, queries, keys).out
         far = attend_blocks(blocks.x, cache.k, cache.v, without(listed, keys), queries, keys)
         return merge(far, owner.dense(q, *own, lse=True)).out
+
+    def _to_all(self, q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
+        return self._densely(q, torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
 
     def _densely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._rule is not None:
