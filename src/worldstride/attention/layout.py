@@ -7,9 +7,11 @@ and dense attention reads the very same memory (it does not care about the order
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -104,12 +106,16 @@ def serpentine(grid: Grid, tile: Grid) -> Layout:
     """
     index, size = _numbered(grid, tile), tile[0] * tile[1] * tile[2]
     order = torch.cat([index[cell].flatten() for cell in _strung(grid, tile)])
-    sizes = torch.full((-(-len(order) // size),), size)
-    sizes[-1] = len(order) - size * (len(sizes) - 1)
+    sizes = _cut(len(order), size)
     area = grid[1] * grid[2]
     where = torch.stack([order // area, order % area // grid[2], order % grid[2]], 1).float()  # [N, 3]
     centres = torch.stack([part.mean(0) for part in where.split(sizes.tolist())])
     return _layout(order, sizes, (centres / torch.tensor(tile)).floor().int())
+
+
+Style = Literal["boxes", "serpentine"]
+STYLES: Mapping[Style, Callable[[Grid, Grid], Layout]] = MappingProxyType({"boxes": boxes, "serpentine": serpentine})
+"""Ways to put a grid of tokens in blocks, by name."""
 
 
 def runs(tokens: int, size: int = BLOCK) -> Layout:
@@ -118,8 +124,7 @@ def runs(tokens: int, size: int = BLOCK) -> Layout:
     integer_from("size", size, 1)
     if size > BLOCK:
         raise InputError(f"a block has at most {BLOCK} tokens, got {size}")
-    sizes = torch.full((-(-tokens // size),), size)
-    sizes[-1] = tokens - size * (len(sizes) - 1)
+    sizes = _cut(tokens, size)
     return _layout(torch.arange(tokens), sizes, torch.full((len(sizes), 3), -1, dtype=torch.int32))
 
 
@@ -145,6 +150,13 @@ def join(parts: Sequence[Layout]) -> Layout:
     free, even = sum(p.free for p in parts), all(p.even for p in parts)
     joined = Layout(torch.cat(orders), torch.cat(starts), kept, torch.cat(places), free, even)
     return joined.to(parts[0].order.device)
+
+
+def _cut(tokens: int, size: int) -> Tensor:
+    """Sizes of blocks, all as large as asked for but the last, which has what is left."""
+    sizes = torch.full((-(-tokens // size),), size)
+    sizes[-1] = tokens - size * (len(sizes) - 1)
+    return sizes
 
 
 def _layout(order: Tensor, sizes: Tensor, places: Tensor) -> Layout:

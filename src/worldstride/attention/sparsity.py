@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from worldstride.attention.cost import Decision, Rates, Shape, Way, decide
 from worldstride.attention.dense import Attend, Attending
-from worldstride.attention.layout import Layout, boxes, join, serpentine
+from worldstride.attention.layout import STYLES, Layout, Style, join
 from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import KeyCache, prepare_queries
 from worldstride.attention.selection import PARTS, BlockList, Selection, density, select
 from worldstride.attention.sparse import attend_blocks, cannot, implementation
 from worldstride.errors import InputError, integer_from, number_in
-
-_LAYOUTS = {"boxes": boxes, "serpentine": serpentine}
-
 
 Pass = Literal["context", "chunk"]
 """Which pass attends: that which encodes the context, or an evaluation of the chunk."""
@@ -31,7 +28,7 @@ class Sparsity:
 
     tile: tuple[int, int, int] = (4, 8, 4)
     """Latents, rows and columns of a block, at most 128 tokens together."""
-    layout: Literal["boxes", "serpentine"] = "serpentine"
+    layout: Style = "serpentine"
     """How blocks lie where the grid is no multiple of the tile; see `attention.layout`."""
     denoise: Selection | None = None
     """What the chunk's queries choose from the context; None attends to all of it."""
@@ -47,9 +44,9 @@ class Sparsity:
     def __post_init__(self) -> None:
         if isinstance(self.tile, list):  # as JSON and TOML have it
             object.__setattr__(self, "tile", tuple(self.tile))
-        if self.layout not in ("boxes", "serpentine"):
+        if self.layout not in get_args(Style):
             raise InputError(f"sparsity.layout must be boxes or serpentine, got {self.layout!r}")
-        _LAYOUTS[self.layout]((1, 1, 1), self.tile)  # says what is wrong with the tile
+        STYLES[self.layout]((1, 1, 1), self.tile)  # says what is wrong with the tile
         integer_from("sparsity.dense_layers", self.dense_layers, 0)
         number_in("sparsity.expect", self.expect, 0, 1)
         if not isinstance(self.obey, bool):
@@ -146,7 +143,7 @@ class SparseAttend(Attending):
         """Made on the host and sent to the device once: joining what is on a device would wait for it."""
         key = (parts, self.grid, self.settings.tile, self.settings.layout, str(device))
         if key not in self._layouts:
-            make = _LAYOUTS[self.settings.layout]
+            make = STYLES[self.settings.layout]
             free, kept = ([make((n, *self.grid), self.settings.tile) for n in some] for some in parts)
             self._layouts[key] = join([*free, *(k.always() for k in kept)]).to(device)
         return self._layouts[key]

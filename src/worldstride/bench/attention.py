@@ -13,14 +13,14 @@ from torch import Tensor
 
 from worldstride.attention.choice import Dense
 from worldstride.attention.cost import Rates, Shape, decide
-from worldstride.attention.layout import Layout
+from worldstride.attention.layout import Layout, Style
 from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import Blocks, KeyCache, Preparation, prepare_queries, turning
 from worldstride.attention.selection import BlockList, Selection, density, listed, select
 from worldstride.attention.sparse import Implementation, attend_blocks, cannot
 from worldstride.attention.sparsity import without
 from worldstride.bench import published
-from worldstride.bench.attention_cases import Case, Style, structured
+from worldstride.bench.attention_cases import Case, structured
 from worldstride.errors import InputError
 
 Run = Callable[[], object]

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from worldstride.attention.layout import Grid, Layout, boxes, runs, serpentine
-
-Style = Literal["boxes", "serpentine"]
-_STYLES: dict[Style, Callable[[Grid, Grid], Layout]] = {"boxes": boxes, "serpentine": serpentine}
+from worldstride.attention.layout import STYLES, Grid, Layout, Style, runs
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Case:
 
     def layouts(self, style: Style) -> tuple[Layout, list[Layout]]:
         """Layout of the queries, and of each span of keys."""
-        make = _STYLES[style]
+        make = STYLES[style]
         spans = [make(self.history, self.tile)]
         if self.current is not None:
             spans.append(make(self.current, self.tile).always())

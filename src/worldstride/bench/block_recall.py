@@ -17,10 +17,10 @@ from torch import Tensor
 
 from worldstride.attention import attend
 from worldstride.attention.dense import Attend, Attending
-from worldstride.attention.layout import Grid, Layout, boxes, join, serpentine
+from worldstride.attention.layout import STYLES, Grid, Layout, Style, join
 from worldstride.attention.partial import Partial
 from worldstride.attention.selection import Selection, listed, select, summarise
-from worldstride.bench.attention_cases import Case, Style, structured
+from worldstride.bench.attention_cases import Case, structured
 from worldstride.errors import ContractError, InputError
 
 RULES: dict[str, Selection] = {
@@ -69,7 +69,7 @@ class Recorder(Attending):
 
 def layouts(sample: Sample, tile: Grid, style: Style) -> tuple[Layout, Layout]:
     """Blocks of the queries, and of the context followed by the chunk's own."""
-    make = {"boxes": boxes, "serpentine": serpentine}[style]
+    make = STYLES[style]
     own = make(sample.grid, tile)
     history = [make((n, *sample.grid[1:]), tile) for n in sample.segments if n]
     device = sample.q.device

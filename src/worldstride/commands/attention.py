@@ -11,8 +11,9 @@ import torch
 from tyro.conf import arg
 
 from worldstride.attention import Dense, rates, versions
+from worldstride.attention.layout import Style
 from worldstride.bench import attention as bench
-from worldstride.bench.attention_cases import CASES, Style
+from worldstride.bench.attention_cases import CASES
 from worldstride.bench.environment import environment
 from worldstride.bench.results import write_json
 from worldstride.commands.options import OptionalPath

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from worldstride.attention import boxes
-from worldstride.bench.attention_cases import CASES, Style
+from worldstride.attention.layout import Style
+from worldstride.bench.attention_cases import CASES
 from worldstride.bench.block_recall import RULES, Recorder, Sample, averaged, recalls, structured_sample
 from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.results import write_json
