@@ -9,7 +9,7 @@ from worldstride.acceleration import Acceleration
 from worldstride.context.gate import Score
 from worldstride.context.selection import bounded
 from worldstride.protocol import ChunkShape
-from worldstride.report import ChunkReport
+from worldstride.report import ChunkReport, densities
 
 LEVERS = (
     "steps", "solver", "window", "memory", "temporal", "spatial", "kept", "cache", "adaptive", "attention", "sparsity"
@@ -72,12 +72,8 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
 
 
 def _sparsity(reports: Sequence[ChunkReport]) -> str:
-    known, words = [r.sparsity for r in reports if r.sparsity is not None], list[str]()
-    for kind in ("chunk", "context"):
-        shares = [r.density[kind] for r in known if kind in r.density]
-        if shares:
-            words.append(f"{sum(shares) / len(shares):.3f} ({kind})")
-    notes = dict.fromkeys(r.note for r in known if r.note)
+    words = [f"{share:.3f} ({kind})" for kind, share in sorted(densities(reports).items())]
+    notes = dict.fromkeys(r.sparsity.note for r in reports if r.sparsity is not None and r.sparsity.note)
     return "; ".join([f"mean density {', '.join(words)}", *notes])
 
 

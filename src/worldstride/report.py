@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from worldstride.attention import SparsityReport
@@ -55,3 +56,12 @@ class ChunkReport:
     def to_json(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {**asdict(self), "frames_per_second": self.frames_per_second}
+
+
+def densities(reports: Iterable[ChunkReport]) -> dict[str, float]:
+    """Mean density of the chunks' attention, and of their contexts', over the chunks that tell it."""
+    found: dict[str, list[float]] = {}
+    for report in reports:
+        for kind, share in ({} if report.sparsity is None else report.sparsity.density).items():
+            found.setdefault(kind, []).append(share)
+    return {kind: sum(shares) / len(shares) for kind, shares in found.items()}

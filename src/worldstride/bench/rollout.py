@@ -16,7 +16,7 @@ from worldstride.bench.results import quantile
 from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError, WorldstrideError
-from worldstride.report import ChunkReport
+from worldstride.report import ChunkReport, densities
 
 STAGES = ("control", "select", "fetch", "context", "denoise", "core", "decode", "total")
 """Stages of a step, as a chunk's report times them; "core" is context and denoising together."""
@@ -130,17 +130,9 @@ def summary(reports: Sequence[ChunkReport]) -> Speed:
         "context_bytes": max((r.context_bytes for r in reports), default=0),
         "kept_bytes": max((r.kept_bytes for r in reports), default=0),
         "gigaflops_per_chunk": sum(flops) / count / 1e9 if flops else None,
-        "density": _densities(reports),
+        "density": densities(reports),
         "batch": sum(r.batch for r in reports) / count,
     }  # fmt: skip
-
-
-def _densities(reports: Sequence[ChunkReport]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for report in reports:
-        for kind, share in ({} if report.sparsity is None else report.sparsity.density).items():
-            found.setdefault(kind, []).append(share)
-    return {kind: sum(shares) / len(shares) for kind, shares in found.items()}
 
 
 def peak_memory() -> int | None:
