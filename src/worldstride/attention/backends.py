@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from worldstride.attention import ops, versions, written
+from worldstride.attention.versions import capability
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
 """(q [B, H, Nq, E], k, v [B, H, Nk, E], bias, lse) -> output [B, H, Nq, E] and, with lse, log-sum-exp [B, H, Nq] in
@@ -63,14 +64,6 @@ class Backend:
 def need_of(q: Tensor, bias: Tensor | None) -> Need:
     """What queries and a bias ask of a backend."""
     return Need(q.device.type, capability(q.device), q.dtype, q.shape[-1], bias is not None)
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; (0, 0) elsewhere."""
-    if device.type != "cuda":
-        return 0, 0
-    facts = torch.cuda.get_device_properties(device)  # a compiler takes it for a constant
-    return facts.major, facts.minor
 
 
 _HALF = (torch.bfloat16, torch.float16)

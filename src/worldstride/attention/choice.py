@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from worldstride.attention import choices
-from worldstride.attention.backends import BACKENDS, Backend, Need, capability, need_of, unmeasured
+from worldstride.attention.backends import BACKENDS, Backend, Need, need_of, unmeasured
 from worldstride.attention.dense import Attending, check, compute
 from worldstride.attention.measuring import (
     KEYS,
@@ -25,6 +25,7 @@ from worldstride.attention.measuring import (
     place_of,
 )
 from worldstride.attention.partial import Partial, merge
+from worldstride.attention.versions import capability
 from worldstride.errors import InputError, integer_from
 
 KEY_BUCKET = 2048

@@ -6,7 +6,7 @@ The file holds what it was measured with; where anything of that has changed, it
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from worldstride._version import __version__
 from worldstride.atomic import atomic_write
 from worldstride.attention import measuring, versions
-from worldstride.attention.backends import capability
 from worldstride.attention.measuring import Measurement, Place, Timing
 
 FORMAT = "worldstride attention 1"
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What reading a file that holds something else can raise."""
 
 
 def default_file(device: torch.device, dtype: torch.dtype) -> Path:
@@ -34,7 +35,7 @@ def made_with(device: torch.device) -> dict[str, str]:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "capability": ".".join(map(str, capability(device))),
+        "capability": ".".join(map(str, versions.capability(device))),
         "torch": torch.__version__,
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
         "triton": versions.INSTALLED or "none",
@@ -42,14 +43,26 @@ def made_with(device: torch.device) -> dict[str, str]:
     }
 
 
-def store(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> None:
-    """Write choices; the folder is made. Raises `InputError` or `OSError` where the system refuses."""
-    rows = [[*place, [list(t) for t in found]] for place, found in measured.times.items()]
-    whole = {**_header(device, dtype), "head_dims": list(dims), "date": measured.date}
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write what was measured; the folder is made. Raises `InputError` or `OSError` where the system refuses."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary:
-        text = json.dumps({**whole, "refused": dict(measured.refused), "times": rows}, indent=1)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read(file: Path, header: Mapping[str, Any]) -> Any:
+    """What `write` wrote. Raises one of `UNREADABLE` where it is absent, damaged, or its header differs."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if any(found[name] != value for name, value in header.items()):
+        raise ValueError(f"{file} is of another device, other versions or another format")
+    return found
+
+
+def store(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> None:
+    """Write choices; raises like `write`."""
+    rows = [[*place, [list(t) for t in found]] for place, found in measured.times.items()]
+    whole = {**_header(device, dtype), "head_dims": list(dims), "date": measured.date}
+    write(file, {**whole, "refused": dict(measured.refused), "times": rows})
 
 
 def load(
@@ -57,16 +70,15 @@ def load(
 ) -> Measurement | None:
     """Choices from a file; None where it is absent, damaged, of other things, or names unknown backends."""
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
-        header = _header(device, dtype)
-        if any(found[name] != value for name, value in header.items()) or not {*dims} <= {*found["head_dims"]}:
+        found = read(file, _header(device, dtype))
+        if not {*dims} <= {*found["head_dims"]}:
             return None
         times = {_place(*row[:-1]): tuple(_timing(known, *t) for t in row[-1]) for row in found["times"]}
         if not all(times.values()):
             return None
         refused = {str(name): str(why) for name, why in found["refused"].items()}
         return Measurement(str(found["date"]), times, refused)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except UNREADABLE:
         return None  # measured again
 
 

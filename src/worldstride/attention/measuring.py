@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from worldstride.attention.backends import Backend, Need, capability
+from worldstride.attention.backends import Backend, Need
 from worldstride.attention.dense import compute, reference
+from worldstride.attention.versions import capability
 
 ROWS, QUERIES, KEYS = (8,), (1024,), (2048, 16384)
 """Upper ends of ranges of batch times heads, queries and keys; the last range has none."""

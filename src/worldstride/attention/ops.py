@@ -98,5 +98,4 @@ def usable(how: str, x: Tensor) -> str:
     """Why a kernel cannot run on x; empty where it can."""
     if x.device.type != "cuda":
         return f"it needs a CUDA device, the tensor is on {x.device.type}"
-    facts = torch.cuda.get_device_properties(x.device)  # a compiler takes it for a constant
-    return versions.unusable(how, (facts.major, facts.minor))
+    return versions.unusable(how, versions.capability(x.device))

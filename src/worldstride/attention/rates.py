@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from worldstride.atomic import atomic_write
 from worldstride.attention import choices
 from worldstride.attention.cost import Rates, fit
 from worldstride.attention.dense import Attend
@@ -51,12 +50,8 @@ def measured(
     found = _load(file, header)
     if found is None:
         found = measure(dense, device, dtype, channels)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps({**header, "rates": asdict(found)}, indent=1), encoding="utf-8")
-        except (OSError, InputError):
-            pass  # measured again the next time
+        with suppress(OSError, InputError):  # measured again the next time
+            choices.write(file, {**header, "rates": asdict(found)})
     return found
 
 
@@ -85,12 +80,13 @@ def measure(dense: Attend, device: torch.device, dtype: torch.dtype, channels: i
     def choosing() -> BlockList:
         return select(prepare_queries(q, queries).summary, cache.summary, queries, keys, rule)
 
-    lists = [listing(n) for n in LISTED]
-    times = [
-        milliseconds(lambda some=some: attend_blocks(q, cache.k, cache.v, some, queries, keys), device)
-        for some in lists
-        if attend_blocks(q, cache.k, cache.v, some, queries, keys)  # compiles it
-    ]
+    def attending(count: int) -> float:
+        some = listing(count)
+        attend_blocks(q, cache.k, cache.v, some, queries, keys)  # compiles it
+        return milliseconds(lambda: attend_blocks(q, cache.k, cache.v, some, queries, keys), device)
+
+    few, many = LISTED
+    times = attending(few), attending(many)
     choosing()
     part = Partial(q, torch.zeros(q.shape[:3], device=device))
     merge(part, part)
@@ -99,7 +95,7 @@ def measure(dense: Attend, device: torch.device, dtype: torch.dtype, channels: i
     graph = torch.cuda.CUDAGraph()  # launching from Python would be most of what is measured
     with torch.cuda.graph(graph):
         choosing()
-    block, tile = fit((times[0], times[1]), LISTED, turns)
+    block, tile = fit(times, LISTED, turns)
     merging = 3 * q.numel() * q.element_size() / milliseconds(lambda: merge(part, part), device) / 1e6
     flops = 4 * HEADS * QUERIES * KEYS * channels
     return Rates(units, flops / full / 1e9, block, tile, 1e3 * milliseconds(graph.replay, device), merging)
@@ -107,9 +103,6 @@ def measure(dense: Attend, device: torch.device, dtype: torch.dtype, channels: i
 
 def _load(file: Path, header: dict[str, object]) -> Rates | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if any(found[name] != value for name, value in header.items()):
-            return None
-        return Rates(**found["rates"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return Rates(**choices.read(file, header)["rates"])
+    except choices.UNREADABLE:
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
+import torch
+
 TRITON = (3, 4)
 """Oldest Triton with tensor descriptors made by the host."""
 GLUON = ((3, 6), (3, 8))
@@ -33,6 +35,14 @@ def _numbers(version: str | None) -> tuple[int, int]:
 
 
 _VERSION = _numbers(INSTALLED)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; (0, 0) elsewhere."""
+    if device.type != "cuda":
+        return 0, 0
+    facts = torch.cuda.get_device_properties(device)  # a compiler takes it for a constant
+    return facts.major, facts.minor
 
 
 def unusable(how: str, capability: tuple[int, int]) -> str:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from worldstride.attention import Dense, rates
-from worldstride.attention.backends import capability
-from worldstride.attention.versions import INSTALLED, unusable
+from worldstride.attention.versions import INSTALLED, capability, unusable
 from worldstride.bench.environment import hardware, versions
 from worldstride.engine import pick_device, pick_dtype
 from worldstride.errors import CheckpointError
