@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from worldstride.attention.measuring import (
     MEASURED_ROWS,
     Measurement,
     Place,
+    Size,
     Timer,
     Timing,
     measure,
+    measure_exactly,
     place_of,
 )
 from worldstride.attention.partial import Partial, merge
@@ -46,7 +49,7 @@ class Dense(Attending):
     grows would pay for in every chunk. They are given whole multiples of `KEY_BUCKET` keys; the rest goes to a backend
     without plans, and both parts are merged by log-sum-exp. Below `SPLIT_FROM` keys, or where that is as fast, all of
     them go to a backend without plans. Numbers of keys that come again and again can be announced (`plan`) and get
-    plans of their own.
+    plans of their own; sizes can be measured by themselves (`tuned`).
     """
 
     def __init__(
@@ -58,8 +61,12 @@ class Dense(Attending):
         *,
         backends: Mapping[str, Backend] = BACKENDS,
         origin: str = "",
+        file: Path | None = None,
     ) -> None:
-        """`measured` None goes by a static rule; `origin` says where choices are kept, or why there are none."""
+        """`measured` None goes by a static rule; `origin` says where choices are kept, or why there are none.
+
+        `file` is where what is measured later is kept, too.
+        """
         self.device, self.dtype, self.measurement, self.backends, self.origin = (
             device,
             dtype,
@@ -67,8 +74,8 @@ class Dense(Attending):
             backends,
             origin,
         )
-        self.key_lengths = _lengths(key_lengths)
-        self._times = {} if measured is None else dict(measured.times)
+        self.key_lengths, self.file = _lengths(key_lengths), file
+        self._learn()
 
     @classmethod
     def measured(
@@ -97,14 +104,11 @@ class Dense(Attending):
         if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return cls(device, dtype, backends=backends, origin="as nothing is measured inside a graph")
         file = choices.default_file(device, dtype) if cache is None else Path(cache)
-        found, origin = choices.load(file, device, dtype, head_dims, backends), f"kept in {file}"
+        found, origin = choices.load(file, device, dtype, head_dims, backends), _in(file)
         if found is None:
             found = measure(device, dtype, head_dims, backends.values(), timer)
-            try:
-                choices.store(file, found, device, dtype, head_dims)
-            except (OSError, InputError) as error:
-                origin = f"not kept: {error}"
-        return cls(device, dtype, found, backends=backends, origin=origin)
+            origin = _kept(file, found, device, dtype)
+        return cls(device, dtype, found, backends=backends, origin=origin, file=file)
 
     def plan(self, key_lengths: Iterable[int]) -> Dense:
         """The same, with more numbers of keys that come again and again and are worth a plan each.
@@ -114,6 +118,36 @@ class Dense(Attending):
         other = copy.copy(self)
         other.key_lengths = _lengths([*self.key_lengths, *key_lengths])
         return other
+
+    def tuned(self, sizes: Iterable[Size], timer: Timer | None = None) -> Dense:
+        """The same, with sizes that come again and again measured by themselves, for attention without a bias.
+
+        What was measured is kept in the file and not measured again. Nothing is where there are no choices at all.
+
+        Args:
+            sizes: what the device is measured at; numbers of keys with plans get one each.
+            timer: takes a call's milliseconds; None takes CUDA events.
+        """
+        if self.measurement is None:
+            return self
+        new = [size for size in dict.fromkeys(sizes) if size not in self.measurement.exact]
+        for size in new:
+            for name, value in size._asdict().items():
+                integer_from(f"{name} of a size", value, 1)
+        if not new:
+            return self
+        found = measure_exactly(new, self.measurement, self.device, self.dtype, self.backends.values(), timer)
+        other = copy.copy(self)
+        other.measurement = replace(self.measurement, exact={**self.measurement.exact, **found})
+        other._learn()
+        if self.file is not None:
+            other.origin = _kept(self.file, other.measurement, self.device, self.dtype)
+        return other
+
+    def _learn(self) -> None:
+        """Look up of times by what was measured."""
+        self._times = {} if self.measurement is None else dict(self.measurement.times)
+        self._exact = () if self.measurement is None else tuple(self.measurement.exact.items())
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool) -> Tensor | Partial:
         """See `dense.attend`."""
@@ -125,6 +159,9 @@ class Dense(Attending):
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         keys = k.shape[2]
+        known = self._known(q, keys, bias, lse)
+        if known is not None:
+            return compute(self.backends[known.backend], q, k, v, bias, lse)
         best = self._fastest(q, keys, bias, lse)
         if best is None:
             return compute(unmeasured(need_of(q, bias), lse), q, k, v, bias, lse)
@@ -157,6 +194,17 @@ class Dense(Attending):
                 return timing
         return None
 
+    def _known(self, q: Tensor, keys: int, bias: Tensor | None, lse: bool) -> Timing | None:
+        """The fastest backend where just these sizes were measured."""
+        if bias is not None or q.device.type != self.device.type or q.dtype != self.dtype:
+            return None
+        for size, timings in self._exact:  # comparisons leave sizes open to a compiler
+            if keys == size.keys and q.shape[2] == size.queries and q.shape[0] * q.shape[1] == size.rows:
+                for timing in timings:
+                    if q.shape[3] == size.head_dim and (self.backends[timing.backend].lse or not lse):
+                        return timing
+        return None
+
     def _announced(self, keys: int) -> bool:
         return any(keys == length for length in self.key_lengths)  # comparisons leave `keys` open to a compiler
 
@@ -169,6 +217,8 @@ class Dense(Attending):
             return [f"{ways[0]}, with log-sum-exp {ways[1]}: {rule}"]
         kinds = sorted({(place.bias, place.head_dim) for place in self._times})
         lines = [_line(self._times, head_dim, bias) for bias, head_dim in kinds]
+        for (head_dim, rows, queries, keys), found in self._exact:
+            lines.append(f"{rows} heads of {head_dim}, {queries} queries, {keys} keys: {_ranking(found)}")
         left = [f"left out: {what}: {why}" for what, why in self.measurement.refused.items()]
         return [*lines, f"measured {self.measurement.date}, {self.origin or 'not kept'}", *left]
 
@@ -179,9 +229,26 @@ def _line(times: Mapping[Place, Sequence[Timing]], head_dim: int, bias: bool) ->
         found = times.get(place_of(head_dim, rows, queries, size, bias), ())
         if found and not (bias and words):  # with a bias one place stands for all
             reach = "with a bias" if bias else "beyond" if end is None else f"to {end} keys"
-            others = "".join(f", {t.backend} {t.ms:.3g}" for t in found[1:])
-            words.append(f"{found[0].backend} {reach} ({found[0].ms:.3g} ms{others})")
+            words.append(_ranking(found, reach))
     return f"{rows} heads of {head_dim}, {queries} queries: {', '.join(words)}"
+
+
+def _ranking(found: Sequence[Timing], reach: str = "") -> str:
+    others = "".join(f", {t.backend} {t.ms:.3g}" for t in found[1:])
+    return f"{found[0].backend} {reach}{reach and ' '}({found[0].ms:.3g} ms{others})"
+
+
+def _in(file: Path) -> str:
+    return f"kept in {file}"
+
+
+def _kept(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype) -> str:
+    """Keep choices in a file, and say where, or why not."""
+    try:
+        choices.store(file, measured, device, dtype)
+    except (OSError, InputError) as error:
+        return f"not kept: {error}"
+    return _in(file)
 
 
 def _lengths(key_lengths: Iterable[int]) -> tuple[int, ...]:

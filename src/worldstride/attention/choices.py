@@ -16,9 +16,9 @@ import torch
 from worldstride._version import __version__
 from worldstride.atomic import atomic_write
 from worldstride.attention import measuring, versions
-from worldstride.attention.measuring import Measurement, Place, Timing
+from worldstride.attention.measuring import Measurement, Place, Size, Timing
 
-FORMAT = "worldstride attention 1"
+FORMAT = "worldstride attention 2"
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 """What reading a file that holds something else can raise."""
 
@@ -58,11 +58,11 @@ def read(file: Path, header: Mapping[str, Any]) -> Any:
     return found
 
 
-def store(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> None:
+def store(file: Path, measured: Measurement, device: torch.device, dtype: torch.dtype) -> None:
     """Write choices; raises like `write`."""
-    rows = [[*place, [list(t) for t in found]] for place, found in measured.times.items()]
-    whole = {**_header(device, dtype), "head_dims": list(dims), "date": measured.date}
-    write(file, {**whole, "refused": dict(measured.refused), "times": rows})
+    whole = {**_header(device, dtype), "head_dims": list(measured.head_dims), "date": measured.date}
+    rows = {"times": _rows(measured.times), "exact": _rows(measured.exact)}
+    write(file, {**whole, "refused": dict(measured.refused), **rows})
 
 
 def load(
@@ -74,10 +74,11 @@ def load(
         if not {*dims} <= {*found["head_dims"]}:
             return None
         times = {_place(*row[:-1]): tuple(_timing(known, *t) for t in row[-1]) for row in found["times"]}
-        if not all(times.values()):
+        exact = {_size(*row[:-1]): tuple(_timing(known, *t) for t in row[-1]) for row in found["exact"]}
+        if not all((*times.values(), *exact.values())):
             return None
         refused = {str(name): str(why) for name, why in found["refused"].items()}
-        return Measurement(str(found["date"]), times, refused)
+        return Measurement(str(found["date"]), times, refused, tuple(_whole(found["head_dims"])), exact)
     except UNREADABLE:
         return None  # measured again
 
@@ -89,10 +90,26 @@ def _header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {"format": FORMAT, "made_with": made_with(device), "dtype": str(dtype), "measured_at": grid, "ranges": ends}
 
 
+def _rows(times: Mapping[Place, Sequence[Timing]] | Mapping[Size, Sequence[Timing]]) -> list[list[Any]]:
+    return [[*at, [list(t) for t in found]] for at, found in times.items()]
+
+
 def _place(head_dim: int, rows: int, queries: int, keys: int, bias: bool) -> Place:
-    if not all(type(n) is int for n in (head_dim, rows, queries, keys)) or type(bias) is not bool:
+    if type(bias) is not bool:
         raise ValueError("a place is four integers and whether there is a bias")
+    _whole([head_dim, rows, queries, keys])
     return Place(head_dim, rows, queries, keys, bias)
+
+
+def _size(head_dim: int, rows: int, queries: int, keys: int) -> Size:
+    _whole([head_dim, rows, queries, keys])
+    return Size(head_dim, rows, queries, keys)
+
+
+def _whole(numbers: Sequence[int]) -> Sequence[int]:
+    if not all(type(n) is int for n in numbers):
+        raise ValueError(f"not all of {numbers} are integers")
+    return numbers
 
 
 def _timing(known: Collection[str], backend: str, ms: float, plans: bool) -> Timing:

@@ -49,8 +49,18 @@ class Place(NamedTuple):
     bias: bool
 
 
+class Size(NamedTuple):
+    """Sizes that are measured by themselves."""
+
+    head_dim: int
+    rows: int
+    """Batch times heads."""
+    queries: int
+    keys: int
+
+
 class Timing(NamedTuple):
-    """A backend at a place."""
+    """A backend at a place or size."""
 
     backend: str
     ms: float
@@ -68,6 +78,10 @@ class Measurement:
     """At each place what works, fastest first."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """What was left out, such as "cudnn, heads of 64, bias" -> why."""
+    head_dims: tuple[int, ...] = ()
+    """Channels of heads that were measured."""
+    exact: Mapping[Size, tuple[Timing, ...]] = field(default_factory=dict)
+    """Sizes that were measured by themselves; what works, fastest first."""
 
 
 def place_of(head_dim: int, rows: int, queries: int, keys: int, bias: bool) -> Place:
@@ -121,7 +135,34 @@ def measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the inputs are large
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return Measurement(date, {place: found for place, found in times.items() if found}, refused)
+    return Measurement(date, {place: found for place, found in times.items() if found}, refused, tuple(head_dims))
+
+
+def measure_exactly(
+    sizes: Iterable[Size],
+    measured: Measurement,
+    device: torch.device,
+    dtype: torch.dtype,
+    backends: Iterable[Backend],
+    timer: Timer | None = None,
+) -> dict[Size, tuple[Timing, ...]]:
+    """Time backends at single sizes, without a bias; what was left out before, or is wrong there, is not in it.
+
+    Time is no smooth function of the number of keys: cuDNN is some 10 % faster where 128 divides it (H200, cuDNN 9.19).
+    """
+    timer = timer or (lambda call: milliseconds(call, device))
+    known, found = list(backends), dict[Size, tuple[Timing, ...]]()
+    with torch.no_grad():
+        for size in sizes:
+            trial = _Trial(device, dtype, size.head_dim, bias=False)
+            need = Need(device.type, capability(device), dtype, size.head_dim, bias=False)
+            able = [b for b in known if b.timed and b.why_not(need) is None and trial.label(b) not in measured.refused]
+            times, _ = trial.times(able, size[1:], timer)
+            if times:
+                found[size] = tuple(sorted(times, key=lambda t: t.ms))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
 
 
 def _places(head_dim: int, bias: bool) -> Iterator[tuple[Place, tuple[int, int, int]]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from worldstride.attention.layout import STYLES, Grid, Layout, Style, runs
+from worldstride.attention.measuring import Size
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Case:
     def keys(self) -> int:
         """Keys."""
         return math.prod(self.history) + self.kept
+
+    @property
+    def size(self) -> Size:
+        """What dense attention is measured at."""
+        return Size(self.channels, self.batch * self.heads, math.prod(self.queries), self.keys)
 
     def keep(self, density: float) -> float | None:
         """Share of the history that makes a density; None where what is always kept is denser by more than a hair."""

@@ -48,7 +48,7 @@ class Attention:
             raise InputError(f"no case matches {' or '.join(self.cases)}; known: {', '.join(c.name for c in CASES)}")
         dtype, begin = pick_dtype(device), time.perf_counter()
         with torch.inference_mode():
-            dense = Dense.measured(device, dtype)
+            dense = Dense.measured(device, dtype).tuned(case.size for case in chosen)
             found = rates.measured(dense, device, dtype, chosen[0].channels)
             rows = list[dict[str, Any]]()
             for row in bench.table(chosen, self.layouts, dense, found, device, dtype, self.rounds):
