@@ -18,11 +18,14 @@ from worldstride.attention.backends import Backend
 from worldstride.attention.choice import KEY_BUCKET, SPLIT_FROM
 from worldstride.attention.measuring import (
     MEASURED_KEYS,
+    NEAR,
+    ROUNDS,
     TIE,
     Measurement,
     Place,
     Size,
     Timing,
+    in_turns,
     measure,
     place_of,
 )
@@ -113,7 +116,7 @@ def test_sizes_can_be_measured_by_themselves():
     plain = Dense(CPU, FLOAT, measured, backends=fake.backends)
     clock, size = Clock(fake, planned=1.0, free=0.99), Size(16, 6, 2, 4600)
     tuned = plain.tuned([size, size], clock)
-    assert clock.asked == 2
+    assert clock.asked == 2 * (1 + ROUNDS)
     assert tuned.tuned(iter([size]), clock) is tuned
     assert tuned.measurement is not None
     assert tuned.measurement.exact == {size: (Timing("free", 0.99, False), Timing("planned", 1.0, True))}
@@ -246,6 +249,27 @@ def test_the_fastest_is_chosen_and_of_equals_the_first():
     found = measure(CPU, FLOAT, [16], fake.backends.values(), Clock(fake, slow=3.0, first=TIE + 0.01, second=1.0))
     assert names(found.times[Place(16, 0, 0, 0, False)]) == ["second", "first", "slow"]
     assert found.refused == {}
+
+
+def test_what_is_near_the_fastest_is_timed_in_turns():
+    ran = list[str]()
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        first = ran.count(ran[-1]) == 1
+        # the first of all finds the device cool
+        return {"a": 0.9 if first else 1.1, "b": 1.05, "c": NEAR * 0.9 + 0.01, "d": 5.0}[ran[-1]]
+
+    calls = {name: lambda name=name: ran.append(name) for name in "abcd"}
+    assert in_turns(calls, timer) == pytest.approx({"a": 1.1, "b": 1.05, "c": NEAR * 0.9 + 0.01, "d": 5.0})
+    assert ran[:4] == list("abcd")
+    turns = ["".join(ran[i : i + 2]) for i in range(4, len(ran), 2)]
+    assert len(turns) == ROUNDS
+    assert {*turns} == {"ab", "ba"}
+    ran.clear()
+    assert in_turns(calls, timer, near=9.0)["d"] == 5.0
+    assert len(ran) == 4 * (1 + ROUNDS)
+    assert in_turns({}, timer) == {}
 
 
 @pytest.mark.usefixtures("small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from worldstride.attention import choices
 from worldstride.attention.cost import Rates, fit
 from worldstride.attention.dense import Attend
 from worldstride.attention.layout import runs
-from worldstride.attention.measuring import milliseconds
+from worldstride.attention.measuring import in_turns, milliseconds
 from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import KeyCache, prepare_queries
 from worldstride.attention.selection import BlockList, Selection, select
@@ -80,25 +81,27 @@ def measure(dense: Attend, device: torch.device, dtype: torch.dtype, channels: i
     def choosing() -> BlockList:
         return select(prepare_queries(q, queries).summary, cache.summary, queries, keys, rule)
 
-    def attending(count: int) -> float:
-        some = listing(count)
-        attend_blocks(q, cache.k, cache.v, some, queries, keys)  # compiles it
-        return milliseconds(lambda: attend_blocks(q, cache.k, cache.v, some, queries, keys), device)
-
-    few, many = LISTED
-    times = attending(few), attending(many)
-    choosing()
     part = Partial(q, torch.zeros(q.shape[:3], device=device))
-    merge(part, part)
-    dense(q, k, v)
-    full = milliseconds(lambda: dense(q, k, v), device)
+    few, many = (listing(count) for count in LISTED)
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense(q, k, v),
+        "few": lambda: attend_blocks(q, cache.k, cache.v, few, queries, keys),
+        "many": lambda: attend_blocks(q, cache.k, cache.v, many, queries, keys),
+        "merging": lambda: merge(part, part),
+    }
+    for call in (*calls.values(), choosing):
+        call()  # compiles kernels, builds plans
     graph = torch.cuda.CUDAGraph()  # launching from Python would be most of what is measured
     with torch.cuda.graph(graph):
         choosing()
-    block, tile = fit(times, LISTED, turns)
-    merging = 3 * q.numel() * q.element_size() / milliseconds(lambda: merge(part, part), device) / 1e6
+    calls["choosing"] = graph.replay
+    times = in_turns(calls, lambda call: milliseconds(call, device), near=math.inf)
+    block, tile = fit((times["few"], times["many"]), LISTED, turns)
     flops = 4 * HEADS * QUERIES * KEYS * channels
-    return Rates(units, flops / full / 1e9, block, tile, 1e3 * milliseconds(graph.replay, device), merging)
+    merged = 3 * q.numel() * q.element_size()
+    return Rates(
+        units, flops / times["dense"] / 1e9, block, tile, 1e3 * times["choosing"], merged / times["merging"] / 1e6
+    )
 
 
 def _load(file: Path, header: dict[str, object]) -> Rates | None:
