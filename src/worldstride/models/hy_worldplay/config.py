@@ -1,0 +1,87 @@
+"""Shape of HY-WorldPlay's transformer: the 8B model on HunyuanVideo-1.5, at any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from worldstride.errors import InputError, did_you_mean, integer_from
+
+_FIXED: dict[str, object] = {
+    "patch_size": [1, 1, 1], "concat_condition": True, "mlp_act_type": "gelu_tanh", "mm_single_blocks_depth": 0,
+    "qkv_bias": True, "qk_norm": True, "qk_norm_type": "rms", "guidance_embed": False, "use_meanflow": False,
+    "text_projection": "single_refiner", "use_attention_mask": True, "text_states_dim_2": None,
+    "text_pool_type": None, "glyph_byT5_v2": True, "vision_projection": "linear",
+    "is_reshape_temporal_channels": False, "use_cond_type_embedding": True,
+}  # fmt: skip
+"""What every published configuration says alike; anything else would be another network."""
+_READ = {
+    "in_channels", "out_channels", "hidden_size", "heads_num", "mlp_width_ratio", "mm_double_blocks_depth",
+    "rope_dim_list", "rope_theta", "text_states_dim", "vision_states_dim",
+}  # fmt: skip
+_IDLE = {"attn_mode", "attn_param", "ideal_resolution", "ideal_task"}
+"""Entries that change nothing in the network."""
+
+
+@dataclass(frozen=True)
+class HYConfig:
+    """Every number that fixes the network; the defaults are the published 8B model's."""
+
+    channels: int = 32
+    """Channels of a latent."""
+    width: int = 2048
+    """Channels of a token."""
+    heads: int = 16
+    depth: int = 54
+    """Double-stream blocks."""
+    hidden: int = 8192
+    """Channels inside the MLPs."""
+    rope: tuple[int, int, int] = (16, 56, 56)
+    """Channels of a head that turn with latent, row and column; all of a head's together."""
+    theta: float = 256.0
+    """Base of the rotary frequencies."""
+    text: int = 3584
+    """Channels of the language model's states."""
+    glyphs: int = 1472
+    """Channels of ByT5's states."""
+    vision: int = 1152
+    """Channels of SigLIP's states."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "width", "heads", "depth", "hidden", "text", "glyphs", "vision"):
+            integer_from(name, getattr(self, name), 1)
+        if self.width % self.heads or self.head_dim % 4:
+            raise InputError(
+                f"heads must share the width in parts that 4 divides, got {self.width} for {self.heads} heads"
+            )
+        if sum(self.rope) != self.head_dim or any(n < 0 or n % 2 for n in self.rope):
+            raise InputError(f"rope must be even channels that add up to {self.head_dim} a head, got {self.rope}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> HYConfig:
+        """From the entries of a published `config.json`; `InputError` on what this network cannot be."""
+        entries = {k: v for k, v in values.items() if not k.startswith("_")}
+        for name, value in entries.items():
+            if name in _FIXED and value != _FIXED[name]:
+                raise InputError(f"{name} must be {_FIXED[name]!r} for HY-WorldPlay, got {value!r}")
+            if name not in _FIXED.keys() | _READ | _IDLE:
+                known = sorted(_FIXED.keys() | _READ | _IDLE)
+                raise InputError(f"unknown entry {name!r} in the configuration{did_you_mean(name, known)}")
+        if missing := sorted(_READ - entries.keys()):
+            raise InputError(f"the configuration lacks {', '.join(missing)}")
+        if entries["in_channels"] != entries["out_channels"]:
+            both = f"{entries['in_channels']} and {entries['out_channels']}"
+            raise InputError(f"in_channels and out_channels must be equal, got {both}")
+        width = entries["hidden_size"]
+        return cls(
+            channels=entries["in_channels"], width=width, heads=entries["heads_num"],
+            depth=entries["mm_double_blocks_depth"], hidden=int(width * entries["mlp_width_ratio"]),
+            rope=tuple(entries["rope_dim_list"]), theta=float(entries["rope_theta"]),
+            text=entries["text_states_dim"], vision=entries["vision_states_dim"],
+        )  # fmt: skip

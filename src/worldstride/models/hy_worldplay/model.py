@@ -1,0 +1,166 @@
+"""HY-WorldPlay's transformer: text once a prompt, context once a chunk, and the chunk's own tokens in every step.
+
+Context latents leave keys and values behind as they are before any place is given to them: rank and camera enter when
+they are attended to, so that what is kept of a latent stays true when the window moves on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldstride.attention import Attend
+from worldstride.models.hy_worldplay import places
+from worldstride.models.hy_worldplay.config import HYConfig
+from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
+from worldstride.models.hy_worldplay.places import Places
+from worldstride.models.hy_worldplay.text import KeysValues, Prompt, TextBlock, TextEntry
+
+Rows = tuple[Tensor, ...]
+"""Shift, scale and gate of attention, then of the MLP: six times [B, T, width]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Latents as the network takes them."""
+
+    x: Tensor
+    """Noisy or clean latents [B, T, channels, h, w]."""
+    condition: Tensor
+    """The first image's latent and its mask [B, T, channels + 1, h, w]; zeros but for the world's first latent."""
+    levels: Tensor
+    """Noise levels in thousandths [B, T]."""
+    labels: Tensor
+    """Action labels [B, T], 0 to 80."""
+    at: Places
+
+
+class VideoBlock(nn.Module):
+    """The video's half of a double-stream block."""
+
+    def __init__(self, config: HYConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.modulation = nn.Linear(width, 6 * width)
+        self.project, self.out = Projection(width, config.heads), nn.Linear(2 * width, width)
+        self.mlp = MLP(width, config.hidden)
+
+    def begin(self, x: Tensor, level: Tensor) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
+        """What modulates x [B, N, width] at embedded levels [B, T, width], and its queries, keys and values."""
+        rows = self.modulation(F.silu(level)).chunk(6, -1)
+        return rows, self.project(modulated(x, rows[0], rows[1]))
+
+    def end(self, x: Tensor, both: Tensor, rows: Rows) -> Tensor:
+        """x after attention's result of both streams [B, N, 2 width] and the MLP."""
+        x = gated(x, self.out(both), rows[2])
+        return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
+
+
+class HYNetwork(nn.Module):
+    """Stateless: `text`, `context`, `velocity`, and `joint` for models that know no cache."""
+
+    def __init__(self, config: HYConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.enter, self.level, self.action = (
+            nn.Linear(2 * config.channels + 1, width),
+            Embedder(width),
+            Embedder(width),
+        )
+        self.prompt = TextEntry(config)
+        self.video = nn.ModuleList(VideoBlock(config) for _ in range(config.depth))
+        self.words = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
+        self.final, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, config.channels)
+
+    def text(self, prompt: Prompt, attend: Attend) -> list[KeysValues]:
+        """Keys and values [1, heads, L, head_dim] of a prompt, a pair a block; they hold for every chunk."""
+        prompt.check(self.config)
+        level = torch.zeros(1, device=self.enter.weight.device)
+        x, about, written = self.prompt(prompt, level, attend), self.level(level), list[KeysValues]()
+        for block in self._text_blocks():
+            rows, (q, k, v) = block.begin(x, about)
+            written.append((k, v))
+            if len(written) < len(self.words):  # the last block's tokens go nowhere
+                x = block.end(x, attend(q, k, v), rows)
+        return written
+
+    def context(self, frames: Frames, text: Sequence[KeysValues], attend: Attend) -> list[KeysValues]:
+        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places."""
+        x, about = self._entered(frames)
+        written = list[KeysValues]()
+        for block, words in zip(self._video_blocks(), text, strict=True):
+            rows, (q, k, v) = block.begin(x, about)
+            written.append((k, v))
+            if len(written) < len(self.video):
+                x = block.end(x, _streams(q, (k, v), frames.at, words, None, None, attend), rows)
+        return written
+
+    def velocity(
+        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
+        attend: Attend,
+    ) -> Tensor:  # fmt: skip
+        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context."""
+        x, about = self._entered(frames)
+        past = context if where is not None else [None] * len(self.video)
+        for block, words, kept in zip(self._video_blocks(), text, past, strict=True):
+            rows, (q, k, v) = block.begin(x, about)
+            x = block.end(x, _streams(q, (k, v), frames.at, words, kept, where, attend), rows)
+        return self._left(x, about, frames)
+
+    def joint(self, frames: Frames, prompt: Prompt, level: float, attend: Attend) -> Tensor:
+        """Velocity where text and video attend to each other in every evaluation; the text is at noise level `level`.
+
+        The text goes on from what it gathered in the first stream (specification, section 2.7).
+        """
+        prompt.check(self.config)
+        x, about = self._entered(frames)
+        now = torch.full((1,), level, device=x.device)
+        y, meaning = self.prompt(prompt, now, attend).expand(len(x), -1, -1), self.level(now)
+        for block, words in zip(self._video_blocks(), self._text_blocks(), strict=True):
+            rows, (q, k, v) = block.begin(x, about)
+            told, (text_q, text_k, text_v) = words.begin(y, meaning)
+            keys, values = places.of_keys(k, v, frames.at)
+            keys, values = (torch.cat([_twice(t), s], 2) for t, s in ((text_k, keys), (text_v, values)))
+            both = places.back(attend(places.of_queries(q, frames.at), keys, values), frames.at)
+            y = words.end(y, attend(text_q, keys[: len(x)], values[: len(x)]), told)
+            x = block.end(x, both, rows)
+        return self._left(x, about, frames)
+
+    def _video_blocks(self) -> Sequence[VideoBlock]:
+        return cast("Sequence[VideoBlock]", self.video)
+
+    def _text_blocks(self) -> Sequence[TextBlock]:
+        return cast("Sequence[TextBlock]", self.words)
+
+    def _entered(self, frames: Frames) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, width] and what latents' levels and actions are embedded as [B, T, width]."""
+        planes = torch.cat([frames.x, frames.condition], 2).to(self.enter.weight.dtype)
+        x = self.enter(planes.flatten(3).mT.flatten(1, 2))
+        return x, self.level(frames.levels) + self.action(frames.labels)
+
+    def _left(self, x: Tensor, about: Tensor, frames: Frames) -> Tensor:
+        shift, scale = self.final(F.silu(about)).chunk(2, -1)
+        planes = self.leave(modulated(x, shift, scale)).unflatten(1, (frames.x.shape[1], -1)).mT
+        return planes.unflatten(-1, frames.x.shape[3:])
+
+
+def _twice(x: Tensor) -> Tensor:
+    """What is alike in both streams."""
+    return torch.cat([x, x])
+
+
+def _streams(
+    q: Tensor, own: KeysValues, at: Places, text: KeysValues, context: KeysValues | None, where: Places | None,
+    attend: Attend,
+) -> Tensor:  # fmt: skip
+    """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to text, context and themselves."""
+    parts = [tuple(_twice(t.expand(len(q), -1, -1, -1)) for t in text)]
+    if context is not None and where is not None:
+        parts.append(places.of_keys(*context, where))
+    keys, values = (torch.cat(of, 2) for of in zip(*parts, places.of_keys(*own, at), strict=True))
+    return places.back(attend(places.of_queries(q, at), keys, values), at)
