@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 from worldstride import camera, rope
 from worldstride.acceleration import resolve
 from worldstride.attention import Attend
-from worldstride.control import Action
 from worldstride.denoising import shifted_sigmas
 from worldstride.engine import Engine, EngineSource
 from worldstride.errors import InputError
-from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 CHANNELS, HEIGHT, WIDTH, CELL = 4, 2, 3, 8
 """Latents are [4, 2, 3], frames 16 x 24 pixels."""
@@ -115,15 +114,11 @@ class JointModel:
 
     def encode_context(
         self,
-        latents: Tensor,
-        cameras: Tensor,
-        actions: Sequence[Action],
-        positions: Tensor,
-        kinds: Tensor,
+        recalled: Recalled,
         previous: Context | None,
         attend: Attend,
     ) -> Context:
-        return JointContext(latents.clone(), cameras.clone(), positions.clone())
+        return JointContext(recalled.latents.clone(), recalled.cameras.clone(), recalled.positions.clone())
 
     def velocity(
         self, x: Tensor, sigma: float, inputs: JointInputs, context: JointContext, attend: Attend

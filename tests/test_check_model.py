@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from joint_model import JointContext, JointDecoder, JointInputs, JointModel
 from worldstride.attention import Attend
-from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import ContractError
 from worldstride.models.courtyard.adapter import CourtyardContext, CourtyardInputs, CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import random_network
-from worldstride.protocol import ChunkShape, Conditions, Context
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 from worldstride.testing import check_model
 
 Velocity = tuple[Tensor, Mapping[str, Tensor]]
@@ -163,8 +162,8 @@ class LiesAboutContext(JointModel):
     def velocity(self, x, sigma, inputs, context, attend) -> Velocity:
         return super().velocity(x, sigma, inputs, JointContext(**vars(context)), attend)
 
-    def encode_context(self, latents, cameras, actions, positions, kinds, previous, attend) -> Context:
-        made = super().encode_context(latents, cameras, actions, positions, kinds, previous, attend)
+    def encode_context(self, recalled, previous, attend) -> Context:
+        made = super().encode_context(recalled, previous, attend)
 
         class Lying(JointContext):
             latents = property(lambda self: self.remembered.shape[1] + 1)  # type: ignore[assignment]
@@ -173,8 +172,8 @@ class LiesAboutContext(JointModel):
 
 
 class WeighsNothing(JointModel):
-    def encode_context(self, latents, cameras, actions, positions, kinds, previous, attend) -> Context:
-        made = super().encode_context(latents, cameras, actions, positions, kinds, previous, attend)
+    def encode_context(self, recalled, previous, attend) -> Context:
+        made = super().encode_context(recalled, previous, attend)
 
         class Weightless(JointContext):
             bytes = 0  # type: ignore[assignment]
@@ -185,15 +184,15 @@ class WeighsNothing(JointModel):
 class ServesPrevious(JointModel):
     """Takes the last chunk's context for the new one but loses the cameras on the way."""
 
-    def encode_context(self, latents, cameras, actions, positions, kinds, previous, attend) -> Context:
-        made = super().encode_context(latents, cameras, actions, positions, kinds, previous, attend)
+    def encode_context(self, recalled, previous, attend) -> Context:
+        made = super().encode_context(recalled, previous, attend)
         return made if previous is None else replace(made, cameras=torch.zeros_like(made.cameras))
 
 
 class WritesIntoContext(JointModel):
-    def encode_context(self, latents, cameras, actions, positions, kinds, previous, attend) -> Context:
-        latents.clamp_(-0.5, 0.5)
-        return super().encode_context(latents, cameras, actions, positions, kinds, previous, attend)
+    def encode_context(self, recalled, previous, attend) -> Context:
+        recalled.latents.clamp_(-0.5, 0.5)
+        return super().encode_context(recalled, previous, attend)
 
 
 class WritesIntoNoise(JointModel):
@@ -331,16 +330,12 @@ class OneNoise(CourtyardModel):
 class Forgetful(CourtyardModel):
     def encode_context(
         self,
-        latents: Tensor,
-        cameras: Tensor,
-        actions: Sequence[Action],
-        positions: Tensor,
-        kinds: Tensor,
+        recalled: Recalled,
         previous: Context | None,
         attend: Attend,
     ) -> CourtyardContext:
-        blank = torch.zeros_like(latents)
-        return super().encode_context(blank, cameras, actions, positions, kinds, previous, attend)
+        blank = replace(recalled, latents=torch.zeros_like(recalled.latents))
+        return super().encode_context(blank, previous, attend)
 
 
 @pytest.mark.parametrize(

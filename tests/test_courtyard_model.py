@@ -41,7 +41,7 @@ from worldstride.models.courtyard.model import (
     unpatchify,
 )
 from worldstride.models.courtyard.weights import fingerprint, random_network, read_network
-from worldstride.protocol import Conditions
+from worldstride.protocol import Conditions, Recalled
 
 SMALL = CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=4)
 CODES: tuple[CameraCode, ...] = ("ray", "projective", "both")
@@ -220,7 +220,7 @@ def test_an_empty_context_is_none(tiny_config: CourtyardConfig):
     model = CourtyardModel(random_network(tiny_config).eval(), torch.float32)
     empty = torch.empty(1, 0, *model.latent_shape)
     ranks = torch.zeros(0, dtype=torch.long)
-    context = model.encode_context(empty, torch.empty(1, 0, 4, 4), (), ranks, ranks, None, attend)
+    context = model.encode_context(Recalled(empty, torch.empty(1, 0, 4, 4), ranks, ranks), None, attend)
     assert (context.latents, context.bytes) == (0, 0)
     where = cameras(1, 4)
     (inputs,) = model.prepare(Conditions(0, where, where, model.intrinsics, positions=torch.arange(4)))
@@ -375,7 +375,9 @@ def test_what_context_frames_see(view: ContextView, reached: Sequence[int]):
     other[:, 8] = 0
     ranks, cameras = torch.arange(-10, 0), torch.eye(4).expand(1, 10, 4, 4)
     kinds = (ranks < -6).long()
-    made = [model.encode_context(x, cameras, (), ranks, kinds, None, attend).keys_values for x in (latents, other)]
+    made = [
+        model.encode_context(Recalled(x, cameras, ranks, kinds), None, attend).keys_values for x in (latents, other)
+    ]
     changed = sum(
         (a[1] - b[1]).abs().unflatten(2, (10, -1)).flatten(3).sum((0, 1, 3)) for a, b in zip(*made, strict=True)
     )
@@ -395,10 +397,10 @@ def test_what_sees_only_itself_ignores_what_else_is_kept():
     model = CourtyardModel(random_network(replace(SMALL, context="apart")).eval(), torch.float32)
     latents, ranks, cameras = normal(1, 6, *model.latent_shape), torch.arange(-6, 0), torch.eye(4).expand(1, 6, 4, 4)
     zeros = torch.zeros(6, dtype=torch.long)
-    first = model.encode_latents(latents[:, :2], cameras[:, :2], (), ranks[:2], zeros[:2], None, attend)
-    past = model.join_context(first.unbind(1), ranks[:2], zeros[:2])
+    first = model.encode_latents(Recalled(latents[:, :2], cameras[:, :2], ranks[:2], zeros[:2]), None, attend)
+    past = model.join_context(first.unbind(1), Recalled(latents[:, :0], cameras[:, :2], ranks[:2], zeros[:2]))
     after, alone = (
-        model.encode_latents(latents[:, 2:], cameras[:, 2:], (), ranks[2:], zeros[2:], seen, attend)
+        model.encode_latents(Recalled(latents[:, 2:], cameras[:, 2:], ranks[2:], zeros[2:]), seen, attend)
         for seen in (past, None)
     )
     assert torch.equal(after, alone)

@@ -37,7 +37,7 @@ def test_entries_stay_in_order_and_are_found_by_place():
     history.append(torch.tensor([[5.0, 6.0]]), poses(2), (None,))
     assert indices(history) == [0, 1, 2]
     assert (len(history), history.total, history.bytes) == (3, 3, 24)
-    assert [e.action for e in history.entries] == [*actions, None]
+    assert [e.led for e in history.entries] == [*actions, None]
     assert torch.equal(history.latents([2, 0], torch.device("cpu"), (2,)), torch.tensor([[5.0, 6.0], [1.0, 2.0]]))
     assert torch.equal(history.cameras([2, 0]), poses(2, 0))
     assert torch.equal(history.cameras(), poses(0, 1, 2))

@@ -27,7 +27,7 @@ from worldstride.models.courtyard.adapter import CourtyardContext, CourtyardMode
 from worldstride.models.courtyard.config import CameraCode
 from worldstride.models.courtyard.geometry import RANK_FREQUENCIES, projective_channels, turn, turn_in_place
 from worldstride.models.courtyard.weights import random_network
-from worldstride.protocol import KeepsLatents
+from worldstride.protocol import KeepsLatents, Recalled
 
 SEES = pytest.mark.parametrize("sees", ["itself", "before", "all"])
 CODES = pytest.mark.parametrize("code", ["ray", "projective", "both"])
@@ -83,6 +83,11 @@ def test_keeping_what_sees_others_is_approximate(attentive: Engine, sees: Sees):
     assert levels_apart(kept.step(TURN), anew.step(TURN)) > 5
 
 
+def ranked(ranks: Tensor, kinds: Tensor) -> Recalled:
+    """What the courtyard needs to know of latents that were kept."""
+    return Recalled(torch.empty(0), torch.empty(0), ranks, kinds)
+
+
 def test_encoding_everything_that_sees_all_is_the_plain_context(attentive: Engine):
     anew, plain = keeping(attentive, KeptContext(False)), keeping(attentive, None)
     assert all(levels_apart(anew.step(move), plain.step(move)) <= 1 for move in MOVES)
@@ -92,9 +97,9 @@ def test_encoding_everything_that_sees_all_is_the_plain_context(attentive: Engin
 def test_joined_latents_are_the_encoded_context(code: CameraCode):
     model, latents, where = model_of(code), pictures(2, 6), scattered(2, 6)
     assert isinstance(model, KeepsLatents)
-    whole = model.encode_context(latents, where, (), RANKS, KINDS, None, attend)
-    records = model.encode_latents(latents, where, (), RANKS, KINDS, None, attend)
-    joined = model.join_context(records.unbind(1), RANKS, KINDS)
+    whole = model.encode_context(Recalled(latents, where, RANKS, KINDS), None, attend)
+    records = model.encode_latents(Recalled(latents, where, RANKS, KINDS), None, attend)
+    joined = model.join_context(records.unbind(1), ranked(RANKS, KINDS))
     assert (joined.latents, joined.bytes) == (whole.latents, whole.bytes) == (6, whole.bytes)
     assert max(apart(joined, whole, 0), apart(joined, whole, 1)) < 1e-5
 
@@ -103,20 +108,20 @@ def test_joined_latents_are_the_encoded_context(code: CameraCode):
 def test_what_is_kept_holds_neither_rank_nor_kind(code: CameraCode):
     """Attention sees differences of ranks alone, so that all may move together."""
     model, latents, where = model_of(code), pictures(1, 6), scattered(1, 6)
-    records = model.encode_latents(latents, where, (), RANKS, torch.zeros_like(RANKS), None, attend)
-    moved = model.encode_latents(latents, where, (), RANKS - 5, torch.ones_like(RANKS), None, attend)
+    records = model.encode_latents(Recalled(latents, where, RANKS, torch.zeros_like(RANKS)), None, attend)
+    moved = model.encode_latents(Recalled(latents, where, RANKS - 5, torch.ones_like(RANKS)), None, attend)
     assert torch.allclose(records, moved, atol=1e-5)
-    elsewhere = model.encode_context(latents, where, (), RANKS - 5, torch.ones_like(RANKS), None, attend)
-    joined = model.join_context(records.unbind(1), RANKS - 5, torch.ones_like(RANKS))
+    elsewhere = model.encode_context(Recalled(latents, where, RANKS - 5, torch.ones_like(RANKS)), None, attend)
+    joined = model.join_context(records.unbind(1), ranked(RANKS - 5, torch.ones_like(RANKS)))
     assert max(apart(joined, elsewhere, 0), apart(joined, elsewhere, 1)) < 1e-5
 
 
 def test_ranks_and_kinds_turn_keys_and_nothing_else():
     model = model_of("both")
-    records = model.encode_latents(pictures(1, 6), scattered(1, 6), (), RANKS, KINDS, None, attend).unbind(1)
-    here = model.join_context(records, RANKS, KINDS)
+    records = model.encode_latents(Recalled(pictures(1, 6), scattered(1, 6), RANKS, KINDS), None, attend).unbind(1)
+    here = model.join_context(records, ranked(RANKS, KINDS))
     for ranks, kinds in ((RANKS - 1, KINDS), (RANKS, KINDS.flip(0))):
-        there = model.join_context(records, ranks, kinds)
+        there = model.join_context(records, ranked(ranks, kinds))
         assert apart(here, there, 0) > 0.1
         assert apart(here, there, 1) == 0
 
@@ -162,14 +167,14 @@ def encoded(
     absent = [i for i in range(8) if kept[i] is None]
     given = [[None if k is None else k[0]] for k in kept]
     context, made = encode_kept(
-        model, latents[:, absent], scattered(1, 8), torch.arange(-8, 0), torch.zeros(8, dtype=torch.long), given, sees,
-        4, attend,
+        model, Recalled(latents[:, absent], scattered(1, 8), torch.arange(-8, 0), torch.zeros(8, dtype=torch.long)),
+        given, sees, 4, attend,
     )  # fmt: skip
     fresh = () if made is None else made.unbind(1)
     assert len(fresh) == len(absent)
     rest = iter(fresh)
     every = [next(rest) if k is None else k for k in kept]
-    joined = model.join_context(every, torch.arange(-8, 0), torch.zeros(8, dtype=torch.long))
+    joined = model.join_context(every, ranked(torch.arange(-8, 0), torch.zeros(8, dtype=torch.long)))
     assert apart(context, joined, 0) == apart(context, joined, 1) == 0
     return every
 
@@ -212,9 +217,9 @@ def test_latents_see_no_later_ones_that_are_kept(attentive: Engine):
 class Watched(CourtyardModel):
     """Remembers what it was asked to encode: ranks, and how many latents those could see besides each other."""
 
-    def encode_latents(self, latents, cameras, actions, positions, kinds, past, attend):
-        self.calls.append((positions.tolist(), 0 if past is None else past.latents))
-        return super().encode_latents(latents, cameras, actions, positions, kinds, past, attend)
+    def encode_latents(self, recalled, past, attend):
+        self.calls.append((recalled.positions.tolist(), 0 if past is None else past.latents))
+        return super().encode_latents(recalled, past, attend)
 
 
 @pytest.fixture

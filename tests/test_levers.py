@@ -28,7 +28,7 @@ from worldstride.levers import Lever, levers
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import random_network
-from worldstride.protocol import Conditions, Costed
+from worldstride.protocol import Conditions, Costed, Recalled
 
 
 def played(engine: Engine, settings: Acceleration, chunks: int = 4) -> list[ChunkReport]:
@@ -225,19 +225,20 @@ def test_costs_are_those_of_the_passes(config: CourtyardConfig):
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             return work(*arguments), counter.get_total_flops()
 
-    context, cost = counted(model.encode_context, latents, where, (), ranks, kinds, None, written_out)
+    context, cost = counted(model.encode_context, Recalled(latents, where, ranks, kinds), None, written_out)
     assert model.context_flops(6, 6) == pytest.approx(cost, rel=1e-3)
-    two = (latents[:, :2], where[:, :2], (), ranks[:2], kinds[:2])
-    kept, cost = counted(model.encode_latents, *two, None, written_out)
+    two = Recalled(latents[:, :2], where[:, :2], ranks[:2], kinds[:2])
+    kept, cost = counted(model.encode_latents, two, None, written_out)
     assert model.context_flops(2, 2) == pytest.approx(cost, rel=1e-3)
-    past = model.join_context(kept.unbind(1), ranks[:2], kinds[:2])
-    rest = (latents[:, 2:], where[:, 2:], (), ranks[2:], kinds[2:])
-    _, cost = counted(model.encode_latents, *rest, past, written_out)
+    past = model.join_context(kept.unbind(1), two)
+    none = two.part([], two.latents[:, :0])
+    rest = Recalled(latents[:, 2:], where[:, 2:], ranks[2:], kinds[2:])
+    _, cost = counted(model.encode_latents, rest, past, written_out)
     assert model.context_flops(4, 6) == pytest.approx(cost, rel=1e-3)
     coming = where[:, :4]
     (inputs,) = model.prepare(Conditions(0, coming, coming, model.intrinsics, positions=torch.arange(4)))
     noise = normal(1, 4, *model.latent_shape)
-    for seen, size in ((context, 6), (past, 2), (model.join_context([], ranks[:0], kinds[:0]), 0)):
+    for seen, size in ((context, 6), (past, 2), (model.join_context([], none), 0)):
         _, cost = counted(model.velocity, noise, 0.5, inputs, seen, written_out)
         assert model.evaluation_flops(4, size) == pytest.approx(cost, rel=1e-3)
     assert model.context_flops(0, 6) == 0

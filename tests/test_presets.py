@@ -27,7 +27,7 @@ from worldstride.errors import InputError
 from worldstride.levers import levers
 from worldstride.models.courtyard.adapter import CourtyardContext, CourtyardModel
 from worldstride.noise import normal
-from worldstride.protocol import Conditions
+from worldstride.protocol import Conditions, Recalled
 
 EVERYTHING = Acceleration(
     "everything", steps=7, shift=2.0, solver="unipc", warmup=1,
@@ -122,10 +122,10 @@ def plain_loop(engine: Engine, session: Session, moves: Sequence[Action]) -> lis
         plan, _ = select(history, shape, cameras, session._state.points, model.intrinsics)
         positions, kinds = plan.tables()
         latents = history.latents(plan.rows, model.device, model.latent_shape)[None]
-        actions = [history.entries[i].action for i in plan.rows]
+        actions = [history.entries[i].led for i in plan.rows]
         where = history.cameras(plan.rows)[None]
         with torch.inference_mode():
-            context = model.encode_context(latents, where, actions, positions, kinds, None, attend)
+            context = model.encode_context(Recalled(latents, where, positions, kinds, actions), None, attend)
             inputs = model.prepare(
                 Conditions(k, cameras[None], cameras[None], model.intrinsics, positions=torch.arange(shape.new))
             )

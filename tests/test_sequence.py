@@ -14,6 +14,7 @@ from worldstride.context.kept import encode_kept
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import random_network
+from worldstride.protocol import Recalled
 
 CONFIG = CourtyardConfig(size=24, width=64, depth=3, heads=1, refine=6, memory=5, window=8)
 
@@ -44,14 +45,14 @@ def test_a_stretchs_contexts_are_what_a_player_keeps(training: SimpleNamespace):
         back = torch.arange(-head, 0)
         one = clean[b : b + 1], cameras[b : b + 1]
         whole = model.encode_latents(
-            one[0][:, :head], one[1][:, :head], (), back.clamp_min(-13), (back < -8).long(), None, attend
+            Recalled(one[0][:, :head], one[1][:, :head], back.clamp_min(-13), (back < -8).long()), None, attend
         )
         records = dict(enumerate(whole.unbind(1)))
         for i, seen in enumerate(stretch.seen[b].tolist()):
             absent = [j for j in seen if j not in records]
             kept = [[records[j][0]] if j in records else [None] for j in seen]
             context, fresh = encode_kept(
-                model, one[0][:, absent], one[1][:, seen], ranks, kinds, kept, "all", 4, attend
+                model, Recalled(one[0][:, absent], one[1][:, seen], ranks, kinds), kept, "all", 4, attend
             )
             records.update(zip(absent, () if fresh is None else fresh.unbind(1), strict=True))
             if i not in stretch.targets:

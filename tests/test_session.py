@@ -40,7 +40,7 @@ def assert_same_state(a: Session, b: Session) -> None:
     assert (a.frame, a._state.chunk, len(a.history)) == (b.frame, b._state.chunk, len(b.history))
     assert np.array_equal(a.camera, b.camera)
     for x, y in zip(a.history.entries, b.history.entries, strict=True):
-        assert (x.index, x.action) == (y.index, y.action)
+        assert (x.index, x.led) == (y.index, y.led)
         assert torch.equal(x.latent, y.latent)
         assert torch.equal(x.camera, y.camera)
     assert a._state.decoder.keys() == b._state.decoder.keys()
@@ -217,7 +217,7 @@ def test_cameras_in_place_of_actions(start: Start):
     moved = session.step(FORWARD)
     given = fork.step(cameras=moved.cameras)
     assert np.array_equal(given.cameras, moved.cameras)
-    assert all(entry.action is None for entry in fork.history.entries)
+    assert all(entry.led is None for entry in fork.history.entries)
     where = torch.from_numpy(session.camera) @ walk(session.engine.model.chunk(1).frames)
     chunk = session.step(cameras=where)
     assert np.array_equal(chunk.cameras, where.numpy())

@@ -20,7 +20,7 @@ from worldstride.context.policy import SpatialMemory, TemporalWindow
 from worldstride.denoising import Denoising
 from worldstride.denoising.policy import AdaptiveSteps, StepCache
 from worldstride.errors import InputError
-from worldstride.protocol import Narrows
+from worldstride.protocol import Narrows, Recalled
 from worldstride.session import _planned
 from worldstride.stepping import grouped
 
@@ -242,8 +242,8 @@ def test_an_interrupted_group_leaves_all_sessions_as_they_were(
     target = tiny_engine.model.decoder if place == "decode" else tiny_engine.model
     plain, calls = getattr(target, place), []
 
-    def failing(first: Tensor, *args: object):
-        calls.append(len(first))
+    def failing(first: Tensor | Recalled, *args: object):
+        calls.append(len(first.latents if isinstance(first, Recalled) else first))
         if calls[-1] == 1 and (place != "velocity" or len(calls) == 11):
             raise error("stop")
         return plain(first, *args)
@@ -395,9 +395,9 @@ def test_past_actions_are_each_worlds_own():
     seen = []
 
     class Heeding(JointModel):
-        def encode_context(self, latents, cameras, actions, *rest):
-            seen.append({key for a in actions if a is not None for key in a.keys})
-            return super().encode_context(latents, cameras, actions, *rest)
+        def encode_context(self, recalled, *rest):
+            seen.append({key for a in recalled.led if a is not None for key in a.keys})
+            return super().encode_context(recalled, *rest)
 
     sessions = joint_worlds(joint_engine(Heeding()), seeds=[1, 2])
     for session, move in zip(sessions, (FORWARD, BACK), strict=True):
@@ -420,7 +420,7 @@ def test_a_world_goes_on_from_corrected_frames(begun: Session):
     begun.correct(truth)
     entries = begun.history.entries
     assert entries[:-4] == before[:-4]
-    assert [(e.index, e.action) for e in entries] == [(e.index, e.action) for e in before]
+    assert [(e.index, e.led) for e in entries] == [(e.index, e.led) for e in before]
     assert all(torch.equal(a.camera, b.camera) for a, b in zip(entries, before, strict=True))
     shown, _ = begun.engine.model.decoder.decode(torch.stack([e.latent for e in entries[-4:]])[None], {})
     assert np.array_equal(shown[0].numpy(), truth)

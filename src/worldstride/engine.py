@@ -26,7 +26,7 @@ from worldstride.control import ControlSettings
 from worldstride.errors import InputError
 from worldstride.models.registry import find
 from worldstride.navigation import FreeNavigator, Navigator, SceneNavigator
-from worldstride.protocol import Compilable, WorldModel
+from worldstride.protocol import BeginsWithImage, Compilable, Recalls, WorldModel
 from worldstride.session import Session, SessionState
 
 Weights = Literal["pretrained", "random"]
@@ -144,10 +144,22 @@ class Engine:
         for name, number in (("seed", seed), ("noise_seed", noise_seed)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
                 raise InputError(f"{name} must be an integer, got {number!r}")
+        model, shape = self.model, self.model.chunk(0)
+        by_rule = isinstance(model, Recalls)
+        if points is not None:
+            points = _check_points(points, in_front=not by_rule)
+        else:
+            drawn = noises.stream(seed, _POINTS)
+            points = model.sample_points(drawn) if isinstance(model, Recalls) else frustum_points(drawn)
+        noise_seed = seed if noise_seed is None else noise_seed
+        history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
+        if isinstance(model, BeginsWithImage):
+            with torch.inference_mode():
+                prompt = {**prompt, **model.image_prompt(frames[None])}
+            state = SessionState(noise_seed, points, history, cameras[-1].clone(), prompt=prompt)
+            return Session(self, state, navigator, self.acceleration)
         with torch.inference_mode():
-            latents = self.model.decoder.encode(frames[None])[0]
-        points = frustum_points(noises.stream(seed, _POINTS)) if points is None else _check_points(points)
-        shape = self.model.chunk(0)
+            latents = model.decoder.encode(frames[None])[0]
         if len(latents) < shape.clean:
             raise InputError(
                 f"{len(frames)} frames make {len(latents)} latents, but the first chunk of {self.model.name!r} goes on "
@@ -159,12 +171,10 @@ class Engine:
             # a streaming decoder goes on from what was shown; what the first chunk re-imposes is still to come
             with torch.inference_mode():
                 _, decoder = self.model.decoder.decode(shown[None], {})
-        history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
         history.append(latents, cameras[per_latent], (None,) * len(latents))
         state = SessionState(
-            seed if noise_seed is None else noise_seed, points, history, cameras[-1].clone(), frame=len(frames),
-            decoder=decoder, prompt=prompt,
-        )  # fmt: skip
+            noise_seed, points, history, cameras[-1].clone(), frame=len(frames), decoder=decoder, prompt=prompt
+        )
         return Session(self, state, navigator, self.acceleration)
 
 
@@ -172,12 +182,12 @@ _POINTS, _WALK = -1, -2
 """Streams of a session's seed; those of noise are numbered by chunk, from 0."""
 
 
-def _check_points(points: Tensor) -> Tensor:
+def _check_points(points: Tensor, in_front: bool) -> Tensor:
     points = torch.as_tensor(points).float().cpu()
     if points.ndim != 2 or points.shape[1] != 3 or not len(points):
-        raise InputError(f"points must have shape [P, 3] (u, v, depth), got {list(points.shape)}")
-    if not bool(points.isfinite().all()) or not bool((points[:, 2] > 0).all()):
-        raise InputError("points must be finite, with depths in metres above 0")
+        raise InputError(f"points must have shape [P, 3]{' (u, v, depth)' * in_front}, got {list(points.shape)}")
+    if not bool(points.isfinite().all()) or (in_front and not bool((points[:, 2] > 0).all())):
+        raise InputError(f"points must be finite{', with depths in metres above 0' * in_front}")
     return points
 
 

@@ -10,7 +10,7 @@ returned. Shapes carry a batch dimension B of independent worlds; a session has 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -109,6 +109,41 @@ class Conditions:
     """Latents to re-impose [B, clean, ...], or None."""
     prompt: Mapping[str, Tensor] = field(default_factory=dict)
     """Text states that the caller encoded for this model; empty for models without text."""
+    encoded: Any = None
+    """What the model made of the prompt (see `EncodesPrompt`), or None."""
+    led: tuple[Led, ...] = ()
+    """What led to each new latent, in a model's own labels (see `LabelsMotion`); empty for others."""
+
+
+Led = Action | int | None
+"""What led to a latent: an action, a model's own label (see `LabelsMotion`), or nothing that is known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """Remembered latents of B worlds that a context is made of."""
+
+    latents: Tensor
+    """[B, N, ...], in the order of the context plan."""
+    cameras: Tensor
+    """[B, N, 4, 4]"""
+    positions: Tensor
+    """Ranks [N]; the chunk's first new latent has rank 0."""
+    kinds: Tensor
+    """Kinds [N], see `KINDS`."""
+    led: Sequence[Led] = ()
+    """What led to each latent; may be empty."""
+    intrinsics: Tensor | None = None
+    """Normalised intrinsics [3, 3]; None takes the model's own."""
+    prompt: Any = None
+    """What the model made of the prompt (see `EncodesPrompt`), or None."""
+
+    def part(self, places: Sequence[int], latents: Tensor) -> Recalled:
+        """Those at some places, whose latents are these [B, n, ...]."""
+        rows = list(places)
+        cameras, positions, kinds = self.cameras[:, rows], self.positions[rows], self.kinds[rows]
+        led = tuple(self.led[i] for i in rows) if self.led else ()
+        return replace(self, latents=latents, cameras=cameras, positions=positions, kinds=kinds, led=led)
 
 
 class Context(Protocol):
@@ -144,22 +179,18 @@ class KeepsLatents(Protocol):
 
     def encode_latents(
         self,
-        latents: Tensor,
-        cameras: Tensor,
-        actions: Sequence[Action | None],
-        positions: Tensor,
-        kinds: Tensor,
+        recalled: Recalled,
         past: Context | None,
         attend: Attend,
     ) -> Tensor:
-        """What is kept of each of latents [B, N, ...] (see `WorldModel.encode_context`): a tensor [B, N, ...].
+        """What is kept of each of the latents: a tensor [B, N, ...].
 
         They see each other and `past`. What is kept holds neither rank nor kind.
         """
         ...
 
-    def join_context(self, kept: Sequence[Tensor], positions: Tensor, kinds: Tensor) -> Context:
-        """Context of N latents from what was kept of each [B, ...], at ranks [N] of kinds [N]."""
+    def join_context(self, kept: Sequence[Tensor], recalled: Recalled) -> Context:
+        """Context of N latents from what was kept of each [B, ...]; `recalled` tells all of them but the latents."""
         ...
 
 
@@ -201,6 +232,53 @@ class AttendsSparsely(Protocol):
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of a latent's tokens."""
+        ...
+
+
+@runtime_checkable
+class LabelsMotion(Protocol):
+    """A model that is told in numbers of its own how each latent was reached. No model needs to be one."""
+
+    def label(self, cameras: Tensor, before: Tensor | None) -> tuple[int, ...]:
+        """Labels of latents with cameras [T, 4, 4] that follow one at `before` [4, 4], or begin the world."""
+        ...
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """A model with a rule of its own for what is brought back. No model needs to be one."""
+
+    def sample_points(self, generator: torch.Generator) -> Tensor:
+        """Points [P, 3] that overlaps are measured with, drawn once a world."""
+        ...
+
+    def recall(
+        self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int
+    ) -> tuple[list[int], list[float]]:
+        """`count` places among `candidates` of cameras [N, 4, 4], in order of time, and how much of the coming latents'
+        views, cameras [T, 4, 4], each shows, in [0, 1]."""
+        ...
+
+    def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
+        """How much of the coming views each of cameras [N, 4, 4] shows, in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class EncodesPrompt(Protocol):
+    """A model that makes something of its prompt once for all chunks. No model needs to be one."""
+
+    def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> Any:
+        """What `Conditions.encoded` and `Recalled.prompt` hold; `InputError` on states that do not fit."""
+        ...
+
+
+@runtime_checkable
+class BeginsWithImage(Protocol):
+    """A model whose first chunk shows a given image again, with nothing remembered. No model needs to be one."""
+
+    def image_prompt(self, frames: Tensor) -> Mapping[str, Tensor]:
+        """What the prompt holds of frames uint8 [1, F, H, W, 3]; `InputError` where they cannot be begun with."""
         ...
 
 
@@ -277,17 +355,11 @@ class WorldModel(Protocol):
 
     def encode_context(
         self,
-        latents: Tensor,
-        cameras: Tensor,
-        actions: Sequence[Action | None],
-        positions: Tensor,
-        kinds: Tensor,
+        recalled: Recalled,
         previous: Context | None,
         attend: Attend,
     ) -> Context:
-        """Context of remembered latents [B, N, ...] with cameras [B, N, 4, 4], ranks [N] and kinds [N] (see `KINDS`).
-
-        `actions` holds what led to each latent, None where it was given or steered by cameras; it may be empty.
+        """Context of remembered latents.
 
         `previous` is the last chunk's context, from which a model may keep what is still valid; None makes it all anew.
         """

@@ -30,8 +30,10 @@ def save_session(
     """Write everything that `open_session` needs, atomically."""
     entries = state.history.entries
     tensors = {
-        "latents": torch.stack([e.latent.cpu() for e in entries]),
-        "cameras": torch.stack([e.camera for e in entries]),
+        "latents": torch.stack([e.latent.cpu() for e in entries])
+        if entries
+        else torch.empty(0, *engine.model.latent_shape),
+        "cameras": state.history.cameras(),
         "camera": state.camera,
         "points": state.points,
         **{f"decoder.{k}": v.cpu() for k, v in state.decoder.items()},
@@ -54,7 +56,7 @@ def save_session(
         "kept": {"numbers": list(state.kept.records), "age": state.kept.age, "sees": state.kept.sees},
         "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink},
         "indices": [e.index for e in entries],
-        "actions": [None if e.action is None else e.action.to_json() for e in entries],
+        "actions": [e.led.to_json() if isinstance(e.led, Action) else e.led for e in entries],
     }
     write_save(path, header, tensors)
 
@@ -117,9 +119,9 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
             int(index),
             latent if i < hot else latent.to(engine.device),
             pose,
-            None if action is None else Action.from_json(action),
+            led if led is None or isinstance(led, int) else Action.from_json(led),
         )
-        for i, (index, latent, pose, action) in enumerate(rows)
+        for i, (index, latent, pose, led) in enumerate(rows)
     )
     world = header["world"]
     return SessionState(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from worldstride.denoising.policy import plan_denoising
 from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.errors import InputError, integer_from
 from worldstride.navigation import Navigator
-from worldstride.protocol import ChunkShape, KeepsLatents
+from worldstride.protocol import ChunkShape, EncodesPrompt, KeepsLatents, LabelsMotion, Led, Recalls
 from worldstride.report import ChunkReport
 from worldstride.stepping import Made, Pending, carry_out, grouped
 from worldstride.trajectory import Trajectory
@@ -79,6 +79,7 @@ class Session:
         self.engine, self._state, self._navigator = engine, state, navigator
         self._acceleration = resolve(acceleration)
         self._views: dict[object, View] = {}  # made of settings and intrinsics alone, so no part of the state
+        self._encoded: Any = None  # likewise of the prompt alone
 
     @property
     def acceleration(self) -> Acceleration:
@@ -141,7 +142,7 @@ class Session:
         settings = in_force(self._acceleration, state.chunk)
         lookup = Lookup(
             state.history, shape, frame_cameras, state.points, intrinsics, settings.window, settings.memory,
-            recall=recall,
+            recall=recall, rule=model if isinstance(model, Recalls) else None,
         )  # fmt: skip
         view = self._view(settings, intrinsics)
         wanted = Wanted(lookup, state.policy, settings.temporal, settings.spatial, view)
@@ -166,7 +167,8 @@ class Session:
         chunk = asked.wanted.lookup
         return Pending(
             self, state, settings, chunk.shape, chunk.coming, asked.actions, asked.own_intrinsics, signals, context,
-            absent, plan, replace(policy, caching=caching, knowing=knowing), asked.noise, seconds,
+            absent, plan, replace(policy, caching=caching, knowing=knowing), asked.noise, seconds, self._prompt(),
+            self._led(chunk, asked.actions),
         )  # fmt: skip
 
     def _finish(self, made: Made) -> Chunk:
@@ -174,7 +176,7 @@ class Session:
         state, shape, settings = p.state, p.shape, p.settings
         history = state.history.fork()
         numbers = [history.entries[i].index for i in p.context.rows]
-        history.append(made.latents, p.cameras[list(shape.latent_frames)], _per_latent(p.actions, shape))
+        history.append(made.latents, p.cameras[list(shape.latent_frames)], p.led)
         policy, kept = p.policy, state.kept
         if settings.temporal is not None:
             policy = observe_change(history, shape, settings.temporal.weight, policy)
@@ -241,7 +243,9 @@ class Session:
         state = replace(self._state, history=self._state.history.fork(), decoder=dict(self._state.decoder))
         if noise_seed is not None:
             state.noise_seed = noise_seed
-        return Session(self.engine, state, self._navigator, self._acceleration)
+        other = Session(self.engine, state, self._navigator, self._acceleration)
+        other._encoded = self._encoded
+        return other
 
     def save(self, path: str | Path) -> None:
         """Write the session to one file, atomically; `worldstride.open` goes on from it bit for bit."""
@@ -253,8 +257,12 @@ class Session:
         self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, frames: int
     ) -> tuple[Tensor, tuple[Action, ...]]:
         if cameras is None:
-            actions = actions_per_frame(Action() if action is None else action, frames)
-            return self._navigator.cameras(self._state.camera, actions, self._state.frame), actions
+            actions, start = actions_per_frame(Action() if action is None else action, frames), self._state.camera
+            if self._state.frame:
+                return self._navigator.cameras(start, actions, self._state.frame), actions
+            moving = actions[1:]  # a world's very first frame is seen from where it begins
+            rest = self._navigator.cameras(start, moving, 1) if moving else start[None, :0].view(0, 4, 4)
+            return torch.cat([start[None], rest]), actions
         if action is not None:
             raise InputError("step takes an action or cameras, not both")
         given = torch.as_tensor(cameras, dtype=torch.float32).cpu()
@@ -262,6 +270,20 @@ class Session:
         if len(given) != frames:
             raise InputError(f"chunk {self._state.chunk} has {frames} frames, got {len(given)} cameras")
         return given.clone(), ()
+
+    def _prompt(self) -> Any:
+        """What the model makes of the prompt once for all chunks, where it does."""
+        model = self.engine.model
+        if self._encoded is None and isinstance(model, EncodesPrompt):
+            self._encoded = model.encode_prompt(self._state.prompt, self.engine.attention)
+        return self._encoded
+
+    def _led(self, chunk: Lookup, actions: tuple[Action, ...]) -> tuple[Led, ...]:
+        """What leads to each new latent, as the history keeps it."""
+        model, shape, before = self.engine.model, chunk.shape, chunk.history.cameras(slice(-1, None))
+        if isinstance(model, LabelsMotion):
+            return model.label(chunk.coming[list(shape.latent_frames)], before[0] if len(before) else None)
+        return tuple(actions[i] for i in shape.latent_frames) if actions else (None,) * shape.new
 
     def _view(self, settings: Acceleration, intrinsics: Tensor) -> View | None:
         """The view that scores from cameras are taken with, made once for its settings and intrinsics."""
@@ -342,10 +364,6 @@ def step_together(
 def in_force(settings: Acceleration, chunk: int) -> Acceleration:
     """What holds for a chunk: the first ones of a world may be made at full compute."""
     return Acceleration(settings.name) if chunk < settings.warmup else settings
-
-
-def _per_latent(actions: tuple[Action, ...], shape: ChunkShape) -> tuple[Action | None, ...]:
-    return tuple(actions[i] for i in shape.latent_frames) if actions else (None,) * shape.new
 
 
 def _one_intrinsics(intrinsics: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ from worldstride.protocol import (
     Context,
     Costed,
     KeepsLatents,
+    LabelsMotion,
+    Led,
     Narrows,
+    Recalled,
     WorldModel,
 )
 
@@ -59,6 +62,10 @@ class Pending:
     """Noise [clean + new, ...] in place of the session's own."""
     seconds: dict[str, float]
     """Wall time of planning."""
+    encoded: Any = None
+    """What the model made of the prompt, where it does that once for all chunks."""
+    led: tuple[Led, ...] = ()
+    """What led to each new latent: the model's labels, or actions."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -69,7 +76,7 @@ class Pending:
         prompt = id(state.prompt) if state.prompt else None
         sees = self.settings.kept.sees if self.settings.kept is not None else "all"
         how, entries = self.denoising.batching(isinstance(self.session.engine.model, Narrows)), state.history.entries
-        led = tuple(entries[i].action for i in plan.rows)
+        led = (*(entries[i].led for i in plan.rows), None, *self.led)
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
         where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder, self.settings.sparsity)
         return (*where, *how, self.actions, led, prompt, id(self.session.engine))
@@ -186,16 +193,16 @@ class _Batch:
         every = range(len(first.context.rows))
         cameras = torch.stack([p.state.history.cameras(p.context.rows) for p in self.pending])
         settings = first.settings.kept
+        led = tuple(first.state.history.entries[i].led for i in first.context.rows)
+        recalled = Recalled(latents, cameras, positions, kinds, led, self.intrinsics, first.encoded)
         if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
-            actions = [first.state.history.entries[i].action for i in first.context.rows]
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
-            context = model.encode_context(latents, cameras, actions, positions, kinds, None, attend)
-            return context, [()] * len(self.pending)
+            return model.encode_context(recalled, None, attend), [()] * len(self.pending)
+        if not isinstance(model, LabelsMotion):  # what only one kind of model heeds need not part latents
+            recalled = replace(recalled, led=())
         old = [_records(p) for p in self.pending]
         kept = [[of.get(i) for of in old] for i in every]
-        context, made = encode_kept(
-            model, latents, cameras, positions, kinds, kept, settings.sees, first.shape.new, attend
-        )
+        context, made = encode_kept(model, recalled, kept, settings.sees, first.shape.new, attend)
         records = list[tuple[Tensor, ...]]()
         for b, of in enumerate(old):
             # one tensor for what a world keeps of a chunk: a view of the batch's would keep that alive, and memory for
@@ -215,11 +222,16 @@ class _Batch:
             pairs = list(zip(banks, rows, strict=True))
             clean = torch.stack([h.latents(r, model.device, model.latent_shape) for h, r in pairs])
             cameras = [torch.cat([h.cameras(r), c]) for (h, r), c in zip(pairs, cameras, strict=True)]
-        intrinsics = model.intrinsics if first.own_intrinsics is None else first.own_intrinsics
         return Conditions(
-            first.state.chunk, torch.stack(cameras), torch.stack([p.cameras for p in self.pending]), intrinsics,
-            first.actions, torch.arange(-shape.clean, shape.new), clean, first.state.prompt,
+            first.state.chunk, torch.stack(cameras), torch.stack([p.cameras for p in self.pending]), self.intrinsics,
+            first.actions, torch.arange(-shape.clean, shape.new), clean, first.state.prompt, first.encoded, first.led,
         )  # fmt: skip
+
+    @property
+    def intrinsics(self) -> Tensor:
+        """Of all cameras in this batch."""
+        own = self.pending[0].own_intrinsics
+        return self.model.intrinsics if own is None else own
 
     def noise(self, draw: int) -> Tensor:
         """Noise [B, clean + new, ...]; draw 0 is what the chunks begin with."""

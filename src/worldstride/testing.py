@@ -18,7 +18,7 @@ from worldstride.camera import camera_from_pose
 from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import ContractError, InputError
-from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, Narrows, WorldModel
+from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, Narrows, Recalled, WorldModel
 
 _STEPS = 2
 
@@ -104,9 +104,7 @@ def _check_context(
         not torch.equal(first, changed), "other context cameras gave the same chunk: the context's cameras are ignored"
     )
     with _untouched(case.latents, case.cameras):
-        again = model.encode_context(
-            case.latents, case.cameras, _actions(case), case.positions, case.kinds, context, attend
-        )
+        again = model.encode_context(_recalled(case), context, attend)
     _check(
         torch.equal(first, _denoise(model, case, inputs, again, case.noise)),
         "encoding the same context with `previous` given changed the chunk",
@@ -216,9 +214,10 @@ def _check_encoder(model: WorldModel, seed: int) -> None:
     raise ContractError(f"encode must raise InputError on frames of {height - 1} x {width}, one row short")
 
 
-def _actions(case: _Case) -> list[Action | None]:
-    """One entry a context latent; some were steered by actions, some were not."""
-    return [Action({"KeyW"}) if i % 2 else None for i in range(case.latents.shape[1])]
+def _recalled(case: _Case) -> Recalled:
+    """What the context is made of; some latents were steered by actions, some were not."""
+    led = [Action({"KeyW"}) if i % 2 else None for i in range(case.latents.shape[1])]
+    return Recalled(case.latents, case.cameras, case.positions, case.kinds, led)
 
 
 def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], seed: int) -> _Case:
@@ -252,9 +251,7 @@ def _steered(case: _Case, other: _Case) -> Conditions:
 
 def _context(model: WorldModel, case: _Case) -> Context:
     with _untouched(case.latents, case.cameras):
-        return model.encode_context(
-            case.latents, case.cameras, _actions(case), case.positions, case.kinds, None, attend
-        )
+        return model.encode_context(_recalled(case), None, attend)
 
 
 def _denoise(model: WorldModel, case: _Case, inputs: tuple[object, ...], context: Context, noise: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.codec import from_levels, to_levels
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.model import patchify, unpatchify
-from worldstride.protocol import Conditions
+from worldstride.protocol import Conditions, Recalled
 
 Memory = Literal["pose", "none", "random", "oracle"]
 
@@ -79,7 +79,7 @@ def predict(
     for i in range(0, len(context), at_once):
         part = slice(i, i + at_once)
         past = from_levels(context[part]).to(model.dtype)
-        written = model.encode_context(past, context_cameras[part], (), ranks, kinds, None, attend)
+        written = model.encode_context(Recalled(past, context_cameras[part], ranks, kinds), None, attend)
         lead = cameras[part].shape[:2]
         positions = torch.arange(lead[1], device=context.device)
         conditions = Conditions(0, cameras[part], cameras[part], model.intrinsics, positions=positions)

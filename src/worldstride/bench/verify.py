@@ -22,10 +22,10 @@ from worldstride.attention import Attend, attend
 from worldstride.camera import camera_from_pose
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import InputError
-from worldstride.models.courtyard.adapter import CourtyardContext, CourtyardInputs, CourtyardModel
+from worldstride.models.courtyard.adapter import CourtyardInputs, CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import random_network
-from worldstride.protocol import Conditions, Context
+from worldstride.protocol import Conditions, Context, Recalled
 
 TOLERANCE = 1e-4
 """Largest error in float32, as a share of the expected tensor's largest value."""
@@ -165,10 +165,8 @@ def _courtyard_chunk(
 ) -> dict[str, Tensor]:
     model = _Recorded(random_network(config, seed).eval(), torch.float32)
     model.velocities = []
-    context: CourtyardContext = model.encode_context(
-        inputs["context_latents"], inputs["context_cameras"], (), inputs["context_ranks"], inputs["context_kinds"],
-        None, attend,
-    )  # fmt: skip
+    latents, cameras, ranks, kinds = (inputs[f"context_{name}"] for name in ("latents", "cameras", "ranks", "kinds"))
+    context = model.encode_context(Recalled(latents, cameras, ranks, kinds), None, attend)
     cameras, noise = inputs["chunk_cameras"], inputs["noise"]
     positions = torch.arange(cameras.shape[1])
     prepared = model.prepare(Conditions(0, cameras, cameras, model.intrinsics, positions=positions))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from worldstride import camera
-from worldstride.control import Action
 from worldstride.errors import InputError
+from worldstride.protocol import Led
 
 TURN_METRES = 1.0
 """Metres that weigh as much as a turn by one radian when the least telling frame is sought."""
@@ -25,8 +25,8 @@ class Remembered:
     """[...] in the precision the model committed."""
     camera: Tensor
     """[4, 4] float32, on the host."""
-    action: Action | None
-    """The action that led to it, where there was one."""
+    led: Led
+    """What led to it: an action, a number that means something to the model, or nothing that is known."""
 
 
 class History:
@@ -66,23 +66,23 @@ class History:
         """An independent history with the same entries."""
         return History(self.limit, self.hot, self.sink, self.entries)
 
-    def append(self, latents: Tensor, cameras: Tensor, actions: tuple[Action | None, ...]) -> None:
+    def append(self, latents: Tensor, cameras: Tensor, led: tuple[Led, ...]) -> None:
         """Add latents [T, ...] with cameras [T, 4, 4]."""
-        for latent, pose, action in zip(latents, cameras.cpu(), actions, strict=True):
-            self._entries.append(Remembered(self._total, latent.clone(), pose.clone(), action))
+        for latent, pose, of in zip(latents, cameras.cpu(), led, strict=True):
+            self._entries.append(Remembered(self._total, latent.clone(), pose.clone(), of))
             self._total += 1
         cold = len(self._entries) - self.hot
         for i in range(max(0, cold - len(latents)), max(0, cold)):
             entry = self._entries[i]
             if entry.latent.device.type != "cpu":
-                self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.action)
+                self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.led)
         while len(self._entries) > self.limit:
             del self._entries[self._least_telling()]
 
     def replaced(self, latents: Tensor) -> History:
-        """A history whose newest latents are these [T, ...]; cameras and actions stay."""
+        """A history whose newest latents are these [T, ...]; cameras and what led to them stay."""
         newest = [
-            Remembered(e.index, latent.clone(), e.camera, e.action)
+            Remembered(e.index, latent.clone(), e.camera, e.led)
             for e, latent in zip(self._entries[-len(latents) :], latents, strict=True)
         ]
         return History(self.limit, self.hot, self.sink, (*self._entries[: -len(latents)], *newest))

@@ -8,7 +8,7 @@ not what it would see now, so keeping it is approximate. Where each sees only it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from worldstride.attention import Attend
 from worldstride.context.history import History
 from worldstride.context.selection import ContextPlan
 from worldstride.errors import InputError, integer_from, number_in
-from worldstride.protocol import KINDS, Context, KeepsLatents
+from worldstride.protocol import KINDS, Context, KeepsLatents, Recalled
 
 Sees = Literal["all", "before", "itself"]
 
@@ -103,17 +103,14 @@ class KeptLatents:
 
 
 def encode_kept(
-    model: KeepsLatents, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor,
-    kept: Sequence[Sequence[Tensor | None]], sees: Sees, clip: int, attend: Attend,
+    model: KeepsLatents, recalled: Recalled, kept: Sequence[Sequence[Tensor | None]], sees: Sees, clip: int,
+    attend: Attend,
 ) -> tuple[Context, Tensor | None]:  # fmt: skip
     """Context of N latents of B worlds, and what is to be kept of those that were encoded [B, A, ...]; None of none.
 
     Args:
         model: the model that keeps latents.
-        latents: those that have to be encoded [B, A, ...], in order.
-        cameras: of all latents [B, N, 4, 4].
-        positions: ranks of all latents [N].
-        kinds: kinds of all latents [N].
+        recalled: all of them, but that its latents are those that have to be encoded alone [B, A, ...], in order.
         kept: for each latent what is kept of it in each world, or None in all worlds.
         sees: what latents see.
         clip: latents of a chunk, encoded together where they see what is before them.
@@ -121,23 +118,23 @@ def encode_kept(
     """
     records = [None if one[0] is None else _stack([r for r in one if r is not None]) for one in kept]
     absent = [i for i, record in enumerate(records) if record is None]
-    recent = int((kinds == KINDS.index("recent")).sum())
+    latents, recent = recalled.latents, int((recalled.kinds == KINDS.index("recent")).sum())
     groups = clips(absent, len(kept), recent, clip) if sees == "before" else [absent] * bool(absent)
     done, fresh = 0, list[Tensor]()
     for group in groups:
-        part, done = latents[:, done : done + len(group)], done + len(group)
+        part, done = recalled.part(group, latents[:, done : done + len(group)]), done + len(group)
         if sees == "itself":
-            made = _alone(model, part, cameras[:, group], attend)
+            made = _alone(model, part, attend)
         else:
             seen = [i for i, r in enumerate(records) if r is not None and (sees == "all" or i < group[0])]
             some = [r for i in seen if (r := records[i]) is not None]
-            past = model.join_context(some, positions[seen], kinds[seen]) if seen else None
-            made = model.encode_latents(part, cameras[:, group], (), positions[group], kinds[group], past, attend)
+            past = model.join_context(some, recalled.part(seen, latents[:, :0])) if seen else None
+            made = model.encode_latents(part, past, attend)
         fresh.append(made)
         for i, record in zip(group, made.unbind(1), strict=True):
             records[i] = record
     every = [r for r in records if r is not None]
-    context = model.join_context(every, positions, kinds)
+    context = model.join_context(every, recalled)
     return context, torch.cat(fresh, 1) if len(fresh) > 1 else fresh[0] if fresh else None
 
 
@@ -151,11 +148,17 @@ def clips(absent: Sequence[int], count: int, recent: int, clip: int) -> list[lis
     return list(groups.values())
 
 
-def _alone(model: KeepsLatents, latents: Tensor, cameras: Tensor, attend: Attend) -> Tensor:
+def _alone(model: KeepsLatents, recalled: Recalled, attend: Attend) -> Tensor:
     """What is kept of latents [B, A, ...] that see only themselves, all as worlds of their own: [B, A, ...]."""
-    lead, zero = latents.shape[:2], torch.zeros(1, dtype=torch.long)
-    one, where = latents.flatten(0, 1)[:, None], cameras.flatten(0, 1)[:, None]
-    return model.encode_latents(one, where, (), zero, zero, None, attend)[:, 0].unflatten(0, lead)
+    lead, zero = recalled.latents.shape[:2], torch.zeros(1, dtype=torch.long)
+    if recalled.led and len({*recalled.led}) > 1:  # worlds of a batch share what led to their latents
+        parts = [recalled.part([i], recalled.latents[:, i : i + 1]) for i in range(lead[1])]
+        return torch.cat([_alone(model, part, attend) for part in parts], 1)
+    each = replace(
+        recalled, latents=recalled.latents.flatten(0, 1)[:, None], cameras=recalled.cameras.flatten(0, 1)[:, None],
+        positions=zero, kinds=zero, led=recalled.led[:1],
+    )  # fmt: skip
+    return model.encode_latents(each, None, attend)[:, 0].unflatten(0, lead)
 
 
 def _storage(record: Tensor) -> int:

@@ -12,7 +12,7 @@ from worldstride.context import retrieval
 from worldstride.context.gate import PoseScores
 from worldstride.context.history import History
 from worldstride.errors import InputError
-from worldstride.protocol import KINDS, ChunkShape
+from worldstride.protocol import KINDS, ChunkShape, Recalls
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Lookup:
     reason: str = "full compute"
     recall: Sequence[int] | None = None
     """Places between sink and window to bring back in place of those found by pose."""
+    rule: Recalls | None = None
+    """What finds them by a rule of the model's own; None is greedy coverage."""
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -115,6 +117,10 @@ def select(lookups: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
     return [out[i] for i in range(len(lookups))]
 
 
+_Found = tuple[Sequence[int], Sequence[float], float]
+"""Places that are brought back, how much of the coming views each shows, and how much the newest latent does."""
+
+
 def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
     """Plans of worlds with equal counts."""
     kept, sink, recent, count = group[0].counts
@@ -125,37 +131,59 @@ def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
             f"recall names {list(asked.recall or ())}, but this chunk brings nothing back: {len(candidates)} latents "
             f"lie between sink and window, and at most {bound} may be retrieved"
         )
-    chosen: list[list[int]] = [[] for _ in group]
-    alike: list[list[float]] = [[] for _ in group]
-    newest = [0.0] * len(group)
-    speeds = [(0.0, 0.0)] * len(group)
-    if kept:
-        # one call over everything that a signal needs: candidates, then the window, whose last is the newest
-        seen = list(range(sink if count else kept - 1, kept))
-        cameras = torch.stack([one.history.cameras(seen) for one in group]).float()  # [B, N, 4, 4]
-        ends = torch.stack([one.coming.cpu().float()[[0, -1]] for one in group])
-        points, intrinsics = (torch.stack([t.cpu() for t in of]) for of in zip(
-            *((one.points, one.intrinsics) for one in group), strict=True
-        ))  # fmt: skip
-        every = retrieval.coverage(ends, cameras, points, intrinsics)  # [B, N, S]
-        newest = retrieval.similarity(every[:, -1:])[:, 0].tolist()
-        if count:
-            weights, shown = every[:, : len(candidates)], every[:, len(candidates) :]
-            valid = torch.ones(weights.shape[:2], dtype=torch.bool)
-            picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count).sort(1).values
-            for i, one in enumerate(group):
-                if one.recall is not None:
-                    picks[i] = torch.tensor(_checked(one.recall, candidates, count), dtype=torch.long) - sink
-            chosen = (picks + sink).tolist()
-            alike = retrieval.similarity(weights).gather(1, picks).tolist()
-        speeds = _speeds(cameras[:, -1:], [one.coming for one in group])
+    if not kept:
+        found, speeds = list[_Found]([((), (), 0.0)] * len(group)), [(0.0, 0.0)] * len(group)
+    else:
+        last = torch.stack([one.history.cameras([kept - 1]) for one in group]).float()  # [B, 1, 4, 4]
+        speeds = _speeds(last, [one.coming for one in group])
+        if group[0].rule is None:
+            found = _by_coverage(group, candidates)
+        else:
+            found = [_by_rule(one, one.rule, candidates) for one in group if one.rule is not None]
     return [
         (
-            ContextPlan(tuple(range(sink)), tuple(chosen[i]), tuple(range(kept - recent, kept)), one.reason),
-            Signals(tuple(alike[i]), newest[i], len(candidates), metres=speeds[i][0], degrees=speeds[i][1]),
+            ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), one.reason),
+            Signals(tuple(alike), newest, len(candidates), metres=speed[0], degrees=speed[1]),
         )
-        for i, one in enumerate(group)
+        for one, (chosen, alike, newest), speed in zip(group, found, speeds, strict=True)
     ]
+
+
+def _by_coverage(group: Sequence[Lookup], candidates: Sequence[int]) -> list[_Found]:
+    """What greedy coverage brings back to worlds with equal counts."""
+    kept, sink, _, count = group[0].counts
+    # one call over everything that a signal needs: candidates, then the window, whose last is the newest
+    seen = list(range(sink if count else kept - 1, kept))
+    cameras = torch.stack([one.history.cameras(seen) for one in group]).float()  # [B, N, 4, 4]
+    ends = torch.stack([one.coming.cpu().float()[[0, -1]] for one in group])
+    points, intrinsics = (torch.stack([t.cpu() for t in of]) for of in zip(
+        *((one.points, one.intrinsics) for one in group), strict=True
+    ))  # fmt: skip
+    every = retrieval.coverage(ends, cameras, points, intrinsics)  # [B, N, S]
+    newest = retrieval.similarity(every[:, -1:])[:, 0].tolist()
+    if not count:
+        return [((), (), value) for value in newest]
+    weights, shown = every[:, : len(candidates)], every[:, len(candidates) :]
+    valid = torch.ones(weights.shape[:2], dtype=torch.bool)
+    picks = retrieval.greedy(retrieval.unseen(weights, shown), valid, count).sort(1).values
+    for i, one in enumerate(group):
+        if one.recall is not None:
+            picks[i] = torch.tensor(_checked(one.recall, candidates, count), dtype=torch.long) - sink
+    alike = retrieval.similarity(weights).gather(1, picks).tolist()
+    return list(zip((picks + sink).tolist(), alike, newest, strict=True))
+
+
+def _by_rule(one: Lookup, rule: Recalls, candidates: Sequence[int]) -> _Found:
+    """What the model's own rule brings back to a world."""
+    kept, _, _, count = one.counts
+    cameras, coming = one.history.cameras(slice(0, kept)), one.coming.cpu().float()[list(one.shape.latent_frames)]
+    (newest,) = rule.shown(cameras[-1:], coming, one.points)
+    if not count:
+        return (), (), newest
+    if one.recall is not None:
+        chosen = _checked(one.recall, candidates, count)
+        return chosen, rule.shown(cameras[chosen], coming, one.points), newest
+    return *rule.recall(cameras, coming, one.points, candidates, count), newest
 
 
 def _checked(recall: Sequence[int], candidates: Sequence[int], count: int) -> list[int]:

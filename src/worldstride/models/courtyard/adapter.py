@@ -12,14 +12,13 @@ from torch import Tensor
 
 from worldstride import camera
 from worldstride.attention import Attend, Partial
-from worldstride.control import Action
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.courtyard import cost
 from worldstride.models.courtyard.codec import PatchCodec, from_levels, to_levels
 from worldstride.models.courtyard.geometry import FIELD_OF_VIEW, Geometry, geometry, turn_in_place
 from worldstride.models.courtyard.model import CourtyardNetwork, KeysValues
-from worldstride.protocol import ChunkShape, Conditions, Context, SamplerSpec
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 from worldstride.rows import on_device
 
 FULL_STEPS = 8
@@ -111,42 +110,32 @@ class CourtyardModel:
 
     def encode_context(
         self,
-        latents: Tensor,
-        cameras: Tensor,
-        actions: Sequence[Action | None],
-        positions: Tensor,
-        kinds: Tensor,
+        recalled: Recalled,
         previous: Context | None,
         attend: Attend,
     ) -> CourtyardContext:
         """One pass over all remembered frames; nothing of `previous` is kept."""
-        if latents.shape[1] == 0:
-            return CourtyardContext((), 0)
-        written = self._written(latents, cameras, positions, kinds, None, attend)
-        return CourtyardContext(tuple(written), latents.shape[1])
+        count = recalled.latents.shape[1]
+        return CourtyardContext(tuple(self._written(recalled, None, attend)) if count else (), count)
 
     def encode_latents(
         self,
-        latents: Tensor,
-        cameras: Tensor,
-        actions: Sequence[Action | None],
-        positions: Tensor,
-        kinds: Tensor,
+        recalled: Recalled,
         past: Context | None,
         attend: Attend,
     ) -> Tensor:
         """Keys and values [B, N, depth, 2, heads, tokens, head_dim] of frames that see each other and `past`."""
-        written = self._written(latents, cameras, positions, kinds, None if past is None else _own(past), attend)
-        lead, n, first = latents.shape[:2], self.config.tokens, written[0][0]
+        written = self._written(recalled, None if past is None else _own(past), attend)
+        lead, n, first = recalled.latents.shape[:2], self.config.tokens, written[0][0]
         made = first.new_empty(*lead, len(written), 2, first.shape[1], n, first.shape[3])
         for d, pair in enumerate(written):
             for i, part in enumerate(pair):
                 made[:, :, d, i] = part.unflatten(2, (-1, n)).movedim(2, 1)  # [B, N, heads, n, e]
-        ranks, roles = self._here(positions), self._here(kinds)
+        ranks, roles = self._here(recalled.positions), self._here(recalled.kinds)
         turn_in_place(self.config, made[:, :, :, 0], ranks, roles, 1, back=True)
         return made
 
-    def join_context(self, kept: Sequence[Tensor], positions: Tensor, kinds: Tensor) -> CourtyardContext:
+    def join_context(self, kept: Sequence[Tensor], recalled: Recalled) -> CourtyardContext:
         """Context of frames whose keys and values [B, depth, 2, heads, tokens, head_dim] were kept."""
         if not kept:
             return CourtyardContext((), 0)
@@ -155,25 +144,22 @@ class CourtyardModel:
         every = kept[0].new_empty(depth, two, b, heads, len(kept), n, e)
         for i, record in enumerate(kept):
             every[:, :, :, :, i] = record.movedim(0, 2)
-        turn_in_place(self.config, every[:, 0], self._here(positions), self._here(kinds), 3)
+        turn_in_place(self.config, every[:, 0], self._here(recalled.positions), self._here(recalled.kinds), 3)
         return CourtyardContext(tuple((k, v) for k, v in every.flatten(4, 5)), len(kept))
 
     def _here(self, x: Tensor) -> Tensor:
         """x on the model's device, without waiting for what a GPU has to do before."""
         return x.to(self.device, non_blocking=True)
 
-    def _written(
-        self, latents: Tensor, cameras: Tensor, positions: Tensor, kinds: Tensor, past: CourtyardContext | None,
-        attend: Attend,
-    ) -> list[KeysValues]:  # fmt: skip
-        lead = latents.shape[:2]
-        ranks, roles = (self._here(t).expand(lead) for t in (positions, kinds))
-        where = geometry(self.config, self._here(cameras), ranks, roles)
+    def _written(self, recalled: Recalled, past: CourtyardContext | None, attend: Attend) -> list[KeysValues]:
+        lead, kinds = recalled.latents.shape[:2], recalled.kinds
+        ranks, roles = (self._here(t).expand(lead) for t in (recalled.positions, kinds))
+        where = geometry(self.config, self._here(recalled.cameras), ranks, roles)
         level = torch.zeros(lead[0], device=self.device)
         seen = None
         if past is not None and self.config.context == "together":
             seen = [p for p in past.keys_values if not isinstance(p, Partial)] or None
-        clean, recent = latents.to(self.device, self.dtype), int((kinds == 0).sum())
+        clean, recent = recalled.latents.to(self.device, self.dtype), int((kinds == 0).sum())
         spans = self.config.spans(lead[1] - recent, recent)
         return self.network.context(clean, where, level, attend, spans, seen)
 
