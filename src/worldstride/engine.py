@@ -258,4 +258,4 @@ def load(
     file = None if path is None else str(Path(path).resolve())  # a save may be opened from another folder
     precision = str(kind).removeprefix("torch.")
     source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, precision, compile)
-    return Engine(model, source, settings)
+    return Engine(model, source, settings, entry.controls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Literal
 
 import torch
 
+from worldstride.control import ControlSettings
 from worldstride.errors import InputError, did_you_mean
 from worldstride.models.courtyard.weights import load_courtyard
+from worldstride.models.hy_worldplay.loading import load_hy_worldplay
 from worldstride.protocol import WorldModel
 
 Loader = Callable[[Path | None, Literal["pretrained", "random"], torch.device, torch.dtype], tuple[WorldModel, str]]
@@ -27,15 +30,27 @@ class ModelEntry:
     licence: str
     load: Loader
     """(path, weights, device, dtype) -> model and the SHA-256 of its weights."""
+    repository: str = ""
+    """Where the weights are published, a second name of the model."""
+    controls: ControlSettings = ControlSettings()
+    """How keys and mouse move the camera; as in the model's training walks."""
 
 
-MODELS: tuple[ModelEntry, ...] = (ModelEntry("courtyard", "7.4 M", "in the package", "Apache-2.0", load_courtyard),)
+MODELS: tuple[ModelEntry, ...] = (
+    ModelEntry("courtyard", "7.4 M", "in the package", "Apache-2.0", load_courtyard),
+    ModelEntry(
+        "hy_worldplay", "8.6 B + VAE 1.3 B", "tencent/HY-WorldPlay, vae of tencent/HunyuanVideo-1.5",
+        "Tencent HY-WorldPlay Community License: neither use nor outputs in the EU, the UK and South Korea; more than "
+        "1 M monthly users need a licence; outputs must not improve other models",
+        load_hy_worldplay, "tencent/HY-WorldPlay", ControlSettings(0.02, math.radians(0.75), math.radians(0.75)),
+    ),
+)  # fmt: skip
 
 
 def find(name: str) -> ModelEntry:
     """The entry of a name; `InputError` lists the known ones and the nearest."""
     for entry in MODELS:
-        if entry.name == name:
+        if name and name in (entry.name, entry.repository):
             return entry
     known = [entry.name for entry in MODELS]
     raise InputError(f"unknown model {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")

@@ -89,15 +89,21 @@ class HYNetwork(nn.Module):
                 x = block.end(x, attend(q, k, v), rows)
         return written
 
-    def context(self, frames: Frames, text: Sequence[KeysValues], attend: Attend) -> list[KeysValues]:
-        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places."""
+    def context(
+        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[KeysValues] = (),
+        where: Places | None = None,
+    ) -> list[KeysValues]:  # fmt: skip
+        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places.
+
+        They see other latents' `past`, too, at places `where`, if that is given.
+        """
         x, about = self._entered(frames)
-        written = list[KeysValues]()
-        for block, words in zip(self._video_blocks(), text, strict=True):
+        written, seen = list[KeysValues](), past if where is not None else [None] * len(self.video)
+        for block, words, kept in zip(self._video_blocks(), text, seen, strict=True):
             rows, (q, k, v) = block.begin(x, about)
             written.append((k, v))
-            if len(written) < len(self.video):
-                x = block.end(x, _streams(q, (k, v), frames.at, words, None, None, attend), rows)
+            if len(written) < len(self.video):  # the last block's tokens go nowhere
+                x = block.end(x, _streams(q, (k, v), frames.at, words, kept, where, attend), rows)
         return written
 
     def velocity(

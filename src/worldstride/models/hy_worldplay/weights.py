@@ -83,8 +83,11 @@ def sources(config: HYConfig) -> dict[str, Source]:
     return made
 
 
-def build(config: HYConfig, tensors: Mapping[str, Tensor], origin: str) -> HYNetwork:
-    """The network with published weights, in the precision and on the device that they have.
+def build(
+    config: HYConfig, tensors: Mapping[str, Tensor], origin: str, device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> HYNetwork:  # fmt: skip
+    """The network with published weights, moved to a device and precision one by one; None leaves them as they are.
 
     Names are checked both ways. Raises `CheckpointError` that names what is missing, left over or of another shape;
     `origin` says in it where the tensors are from.
@@ -103,7 +106,7 @@ def build(config: HYConfig, tensors: Mapping[str, Tensor], origin: str) -> HYNet
     for name, expected in network.state_dict().items():
         source = table[name]
         try:
-            made[name] = source.make(tensors)
+            made[name] = source.make(tensors).to(device, dtype)
         except RuntimeError:  # parts that do not go together
             wrong.append(f"{source.names[0]}: {[list(tensors[n].shape) for n in source.names]}")
             continue

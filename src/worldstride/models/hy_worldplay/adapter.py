@@ -1,0 +1,275 @@
+"""HY-WorldPlay's autoregressive model behind the model protocol (specification, sections 2 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldstride.attention import Attend
+from worldstride.denoising.schedule import shifted_sigmas
+from worldstride.errors import InputError, integer_from
+from worldstride.models.hy_worldplay import cost, poses
+from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.labels import labels
+from worldstride.models.hy_worldplay.model import Frames, HYNetwork
+from worldstride.models.hy_worldplay.places import Places, places, rotary_table
+from worldstride.models.hy_worldplay.retrieval import EIGHT_B, ball_points, distances, overlap, visible
+from worldstride.models.hy_worldplay.text import KeysValues, Prompt
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
+
+NEW, WINDOW, MEMORY, SINK = 4, 12, 4, 4
+"""Latents of a chunk, and of the context once the world is longer than all of it: most recent, retrieved, first."""
+STABLE = 14.0
+"""Noise level in thousandths that context latents are said to have; none is added."""
+FIRST = -1
+"""Label of a world's first latent: nothing led to it, and the given image conditions it."""
+SHIFT = 5.0
+"""Of the noise schedule."""
+RANKS = 64
+"""Ranks on either side of the chunk's first latent for which rotary angles are at hand."""
+
+
+@dataclass(frozen=True, eq=False)
+class HYPrompt:
+    """What a prompt becomes once for all chunks."""
+
+    text: tuple[KeysValues, ...]
+    """Keys and values of its tokens, a pair a block."""
+    image: Tensor | None
+    """Latent of the first image [1, C, h, w]; None where none was given."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.numel() * t.element_size() for pair in self.text for t in pair)
+
+
+@dataclass(frozen=True, eq=False)
+class HYContext:
+    """Keys and values of remembered latents, as they are before places are given to them."""
+
+    keys_values: tuple[KeysValues, ...]
+    """[B, heads, N, head_dim], a pair a block."""
+    where: Places | None
+    """Places of the latents; None where there are none."""
+
+    @property
+    def latents(self) -> int:
+        """Remembered latents in it."""
+        return 0 if self.where is None else self.where.latents
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(t.numel() * t.element_size() for pair in self.keys_values for t in pair)
+
+
+@dataclass(frozen=True, eq=False)
+class HYInputs:
+    """What stays the same from step to step."""
+
+    condition: Tensor
+    labels: Tensor
+    at: Places
+    text: tuple[KeysValues, ...]
+
+
+class HYWorldPlay:
+    """`WorldModel` of the autoregressive models, distilled to a few steps."""
+
+    name = "hy_worldplay"
+
+    def __init__(
+        self, network: HYNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 4
+    ) -> None:
+        """A model that makes frames of the decoder's size.
+
+        Args:
+            network: the transformer.
+            decoder: the VAE at a frame size that 16 divides.
+            storage: precision of latents between steps (bfloat16 upstream).
+            steps: solver steps at full compute.
+        """
+        self.network, self.config, self.decoder = network, network.config, decoder
+        self.storage, self.steps = storage, steps
+        weight = network.enter.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.token_grid = (decoder.size[0] // 16, decoder.size[1] // 16)
+        self.latent_shape = (self.config.channels, *self.token_grid)
+        self.intrinsics = poses.intrinsics().float()
+        ranks = torch.arange(-RANKS, RANKS, device=self.device)
+        tokens = rotary_table(ranks, *self.token_grid, self.config.rope, self.config.theta)
+        self._tables = tuple(t.unflatten(0, (2 * RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
+
+    def chunk(self, k: int) -> ChunkShape:
+        """4 latents; 13 frames in the first chunk and 16 in others; the whole past up to 20 latents, then 12 of them,
+        the first clip and one that is retrieved."""
+        frames, last = (13, (0, 4, 8, 12)) if k == 0 else (16, None)
+        if NEW * k <= WINDOW + MEMORY + SINK:
+            return ChunkShape(NEW, frames, window=WINDOW + MEMORY + SINK, clip=NEW, last_frames=last)
+        return ChunkShape(NEW, frames, window=WINDOW, memory=MEMORY, sink=SINK, clip=NEW)
+
+    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
+        """Euler on a schedule shifted by 5."""
+        steps = self.steps if steps is None else steps
+        integer_from("steps", steps, 1)
+        return SamplerSpec(shifted_sigmas(steps, SHIFT if shift is None else shift), storage=self.storage)
+
+    def image_prompt(self, frames: Tensor) -> Mapping[str, Tensor]:
+        """The latent of the last frame of uint8 [1, F, H, W, 3]."""
+        return {"image": self.decoder.encode(frames[:, -1:])[:, 0]}
+
+    def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> HYPrompt:
+        """Text keys and values from encoder states "text" [1, L, ...], "glyphs" [1, G, ...] and "vision" [1, V, ...].
+
+        "text_mask" and "glyphs_mask" may leave rows out. Raises `InputError` on what is missing or does not fit.
+        """
+        c = self.config
+        if "text" not in prompt:
+            raise InputError(f"HY-WorldPlay needs encoder states named 'text', got {sorted(prompt) or 'none'}")
+        text = prompt["text"].to(self.device)
+        glyphs, vision = (
+            prompt[name].to(self.device) if name in prompt else text.new_zeros(1, 0, channels)
+            for name, channels in (("glyphs", c.glyphs), ("vision", c.vision))
+        )
+        masks = [
+            prompt[name].to(self.device) if name in prompt else torch.ones(of.shape[:2], device=self.device)
+            for name, of in (("text_mask", text), ("glyphs_mask", glyphs))
+        ]
+        states = Prompt.masked(text, masks[0], glyphs, masks[1], vision)
+        return HYPrompt(tuple(self.network.text(states, attend)), prompt.get("image"))
+
+    def sample_points(self, generator: torch.Generator) -> Tensor:
+        """Points in the view of a camera; 50 000 are drawn in a ball, and one in twenty is seen."""
+        return visible(ball_points(EIGHT_B.points, EIGHT_B.radius, generator))
+
+    def recall(
+        self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int
+    ) -> tuple[list[int], list[float]]:
+        """The clips that saw most of what is coming; of equal ones the oldest."""
+        starts = [i for i in candidates[::NEW] if i + NEW - 1 <= candidates[-1]]
+        away = distances(cameras, coming, starts, points)
+        best = sorted(sorted(starts, key=away.__getitem__)[: count // NEW])
+        return [s + i for s in best for i in range(NEW)], [1 - away[s] for s in best for _ in range(NEW)]
+
+    def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
+        """See `Recalls.shown`."""
+        return overlap(coming, cameras, points).mean(0).tolist()
+
+    def label(self, cameras: Tensor, before: Tensor | None) -> tuple[int, ...]:
+        """Action labels 0 to 80; `FIRST` for a world's first latent."""
+        made = labels(cameras, before).tolist()
+        return tuple(made if before is not None else [FIRST, *made[1:]])
+
+    def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
+        """Places, labels and the first image of the coming latents."""
+        c = conditions
+        at = self._places(c.cameras, c.positions, c.intrinsics)
+        prompt = _prompt(c.encoded)
+        numbers = self.label(c.cameras[0], None) if not c.led else tuple(n if isinstance(n, int) else 0 for n in c.led)
+        condition = self._condition(c.cameras.shape[0], numbers, prompt)
+        return (HYInputs(condition, self._numbers(numbers), at, prompt.text),)
+
+    def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
+        """One pass over all remembered latents; nothing of `previous` is kept."""
+        if not recalled.latents.shape[1]:
+            return HYContext((), None)
+        frames, text = self._frames(recalled)
+        return HYContext(tuple(self.network.context(frames, text, attend)), frames.at)
+
+    def encode_latents(self, recalled: Recalled, past: Context | None, attend: Attend) -> Tensor:
+        """Keys and values [B, N, depth, 2, heads, n, head_dim] of latents that see each other and `past`."""
+        frames, text = self._frames(recalled)
+        seen = _own(past) if past is not None else HYContext((), None)
+        pairs = self.network.context(frames, text, attend, seen.keys_values, seen.where)
+        count = recalled.latents.shape[1]
+        return torch.stack([torch.stack(pair, 1) for pair in pairs], 1).unflatten(4, (count, -1)).movedim(4, 1)
+
+    def join_context(self, kept: Sequence[Tensor], recalled: Recalled) -> HYContext:
+        """Context of latents whose keys and values [B, depth, 2, heads, n, head_dim] were kept, at new places."""
+        if not kept:
+            return HYContext((), None)
+        every = torch.stack(list(kept), 4).flatten(4, 5)  # [B, depth, 2, heads, N, head_dim]
+        at = self._places(recalled.cameras, recalled.positions, self._intrinsics(recalled))
+        return HYContext(tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), at)
+
+    def velocity(
+        self, x: Tensor, sigma: float | Tensor, inputs: HYInputs, context: Context, attend: Attend
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """The network's own prediction; `sigma` is a number or [B]."""
+        held, level = _own(context), torch.as_tensor(sigma, device=self.device).float() * 1000
+        levels = level.reshape(-1, 1).expand(x.shape[:2])
+        frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), inputs.at)
+        return self.network.velocity(frames, inputs.text, held.keys_values, held.where, attend).float(), {}
+
+    def context_flops(self, encoded: int, seen: float) -> float:
+        """See `Costed.context_flops`; attention to text is left out."""
+        return cost.context_flops(self.config, self._tokens, encoded, seen)
+
+    def evaluation_flops(self, latents: int, context: float) -> float:
+        """See `Costed.evaluation_flops`; attention to text is left out."""
+        return cost.evaluation_flops(self.config, self._tokens, latents, context)
+
+    def clamp(self, x: Tensor, inputs: HYInputs) -> Tensor:
+        """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
+        return x
+
+    def commit(self, clean: Tensor, inputs: HYInputs) -> Tensor:
+        """What was denoised is what is remembered."""
+        return clean
+
+    @property
+    def _tokens(self) -> int:
+        return self.token_grid[0] * self.token_grid[1]
+
+    def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[KeysValues, ...]]:
+        """Remembered latents as the network takes them, and the text that they see."""
+        x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
+        at = self._places(recalled.cameras, recalled.positions, self._intrinsics(recalled))
+        numbers = tuple(n if isinstance(n, int) else 0 for n in recalled.led) or (0,) * x.shape[1]
+        condition = self._condition(len(x), numbers, prompt)
+        levels = torch.full(x.shape[:2], STABLE, device=self.device)
+        return Frames(x, condition, levels, self._numbers(numbers).expand(x.shape[:2]), at), prompt.text
+
+    def _intrinsics(self, recalled: Recalled) -> Tensor:
+        return self.intrinsics if recalled.intrinsics is None else recalled.intrinsics
+
+    def _places(self, cameras: Tensor, positions: Tensor, intrinsics: Tensor) -> Places:
+        ranks = positions.tolist()
+        if ranks and not (min(ranks) >= -RANKS and max(ranks) < RANKS):
+            raise InputError(f"ranks must lie from {-RANKS} to {RANKS - 1}, got {min(ranks)} to {max(ranks)}")
+        at = torch.tensor([rank + RANKS for rank in ranks]).to(self.device, non_blocking=True)
+        cos, sin = (table.index_select(0, at).flatten(0, 1) for table in self._tables)
+        return places(cameras.to(self.device, non_blocking=True), intrinsics.to(self.device), (cos, sin))
+
+    def _numbers(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor([max(n, 0) for n in numbers]).to(self.device, non_blocking=True)
+
+    def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
+        """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
+        shape = (batch, len(numbers), self.config.channels + 1, *self.token_grid)
+        planes = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        if prompt.image is not None:
+            for i, number in enumerate(numbers):
+                if number == FIRST:
+                    planes[:, i, :-1] = prompt.image.to(planes)
+                    planes[:, i, -1] = 1
+        return planes
+
+
+def _prompt(encoded: object) -> HYPrompt:
+    if not isinstance(encoded, HYPrompt):
+        raise InputError(
+            "HY-WorldPlay needs an encoded prompt; begin worlds with Engine.open(frames, cameras, prompt=...)"
+        )
+    return encoded
+
+
+def _own(context: Context) -> HYContext:
+    if not isinstance(context, HYContext):
+        raise TypeError(f"context must be an HYContext, got {type(context).__name__}")
+    return context

@@ -1,0 +1,112 @@
+"""HY-WorldPlay from published files: which are needed, where they lie, and where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from worldstride.errors import CheckpointError, InputError
+from worldstride.models.hy_worldplay.adapter import HYWorldPlay
+from worldstride.models.hy_worldplay.config import HYConfig
+from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.model import HYNetwork
+from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
+from worldstride.models.hy_worldplay.weights import build
+from worldstride.models.shards import Shards, find, read_json
+
+HEIGHT, WIDTH = 480, 832
+"""Frame size that the autoregressive models were trained at."""
+VARIANT = "ar_distilled_action_model"
+"""Folder of the distilled autoregressive model."""
+_FILES = (
+    "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors", "model.safetensors",
+)  # fmt: skip
+_BASE = "tencent/HunyuanVideo-1.5"
+
+
+def load_hy_worldplay(
+    path: Path | None, weights: Literal["pretrained", "random"], device: torch.device, dtype: torch.dtype
+) -> tuple[HYWorldPlay, str]:
+    """Model and fingerprint, for frames of 480 x 832.
+
+    `path` is a folder as `tencent/HY-WorldPlay` is published, with the folder `vae` of `tencent/HunyuanVideo-1.5` in
+    it. Random weights are of full size. Raises `CheckpointError` that names what is missing and where it comes from.
+    """
+    if weights == "random":
+        if path is not None:
+            raise InputError(f"random weights come from no file; leave out the path {str(path)!r}")
+        return random_model(HYConfig(), VAEConfig(), device, dtype), "random: seed 0"
+    if path is None:
+        raise CheckpointError(
+            "HY-WorldPlay does not ship with this package: give the folder of tencent/HY-WorldPlay as `path`"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; give that of tencent/HY-WorldPlay")
+    tensors, folder = _tensors(path / VARIANT, f"folder {VARIANT} of tencent/HY-WorldPlay"), path / VARIANT
+    config = HYConfig()  # what is published needs none; a file beside the weights tells of other sizes
+    try:
+        if (folder / "config.json").is_file():
+            config = HYConfig.from_json(read_json(folder / "config.json"))
+        network = build(config, tensors, str(folder), device, dtype)
+        vae, mark = _vae(path / "vae", device, dtype)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    whole = hashlib.sha256(f"{tensors.fingerprint()} {mark}".encode()).hexdigest()
+    storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
+    return HYWorldPlay(network, VideoDecoder(vae, HEIGHT, WIDTH), storage), whole
+
+
+def random_model(
+    config: HYConfig, vae: VAEConfig, device: torch.device, dtype: torch.dtype, height: int = HEIGHT,
+    width: int = WIDTH, seed: int = 0,
+) -> HYWorldPlay:  # fmt: skip
+    """A model with seeded random weights, drawn on the device: for speed and memory, never for quality."""
+    with torch.device("meta"):
+        network, codec = HYNetwork(config).requires_grad_(False), VideoVAE(vae).requires_grad_(False)
+    for i, module in enumerate((network, codec)):
+        module.to_empty(device=device)
+        module.to(dtype)
+        _draw(module, torch.Generator(device).manual_seed(seed + i))
+    storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
+    return HYWorldPlay(network.eval(), VideoDecoder(codec.channels_last().eval(), height, width), storage)
+
+
+def _draw(module: nn.Module, generator: torch.Generator) -> None:
+    """Weights whose products keep the size of what they are given; norms begin at one, biases at nothing."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.squeeze().dim() == 1:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+
+
+def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoVAE, str]:
+    tensors = _tensors(folder, f"folder vae of {_BASE}")
+    config = folder / "config.json"
+    with torch.device("meta"):
+        vae = VideoVAE(VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig())
+    vae.requires_grad_(False)
+    expected = {name: tuple(t.shape) for name, t in vae.state_dict().items()}
+    found = {name: tuple(tensors[name].shape) for name in tensors}
+    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} tensors do not fit its configuration; first {name!r}: expected "
+            f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
+    vae.load_state_dict({name: tensors[name].to(device, dtype) for name in tensors}, assign=True)
+    return vae.channels_last().eval(), tensors.fingerprint()
+
+
+def _tensors(folder: Path, origin: str) -> Shards:
+    files = find(folder, _FILES)
+    if not files:
+        raise CheckpointError(f"{folder} holds none of {', '.join(_FILES)}; it is the {origin}")
+    return Shards(files)

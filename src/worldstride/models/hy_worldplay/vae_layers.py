@@ -1,0 +1,215 @@
+"""Layers of the causal video VAE: convolutions that see no later frame, and changes of resolution by pixel shuffling.
+
+Activations are [B, C, T, H, W] and lie channels last in memory from the first convolution on, whatever came in: norms,
+attention and shuffles work along channels. A frame here is one time step of whatever resolution in time a layer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldstride.errors import InputError
+
+PAST = 2
+"""Frames before a frame that a convolution sees."""
+
+
+class Memory:
+    """What a stream's convolutions remember: their last input frames [B, C, 2, H, W], by the convolution's name."""
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        self.given = given
+        self.kept: dict[str, Tensor] = {}
+        self.fresh = not given
+        """Nothing came before. A value of its own: `torch.compile` guards one, but not whether a dict is empty."""
+
+
+class ChannelNorm(nn.Module):
+    """Root-mean-square norm over channels, in float32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> x / |x| sqrt(C) gamma, channels last in memory."""
+        last = x.movedim(1, -1).contiguous()  # sums in the same order, however many frames there are
+        return F.rms_norm(last, last.shape[-1:], self.gamma.flatten(), 1e-24).movedim(-1, 1)
+
+
+class CausalConv(nn.Module):
+    """A 3x3x3 convolution that sees two frames back and none ahead; replicated frames and pixels lie beyond the edges.
+
+    `name` is set by the network that it is part of.
+    """
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, out, PAST + 1)
+        self.name = ""
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """x [B, C, T, H, W] after the frames in memory -> [B, out, T, H, W]; memory keeps the last frames."""
+        past = x[:, :, :1]
+        if memory is not None and not memory.fresh:
+            past = self._fitting(memory.given[self.name], x)
+        padded = _padded(x, past)
+        if memory is not None:
+            memory.kept[self.name] = padded[:, :, -PAST:, 1:-1, 1:-1].clone()
+        return F.conv3d(padded, self.conv.weight, self.conv.bias)
+
+    def _fitting(self, past: Tensor, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], PAST, *x.shape[3:])
+        if past.shape != shape or past.dtype != x.dtype or past.device != x.device:
+            raise InputError(
+                f"state[{self.name!r}] must be {x.dtype} {list(shape)} on {x.device} to go on with these latents, "
+                f"got {past.dtype} {list(past.shape)} on {past.device}"
+            )
+        return past
+
+
+def _padded(x: Tensor, past: Tensor) -> Tensor:
+    """[B, C, 2 + T, H + 2, W + 2]: past frames (one stands for two) before x, and a replicated pixel around.
+
+    Written once: copies of whole activations cost as much as norms do, and eager `F.pad` would undo channels last. A
+    compiler makes one pass of the plain form, but five of this one.
+    """
+    if torch.compiler.is_compiling():
+        frames = torch.cat([past.expand(-1, -1, PAST, -1, -1), x], 2)
+        return F.pad(frames, (1, 1, 1, 1, 0, 0), mode="replicate")
+    batch, channels, frames, height, width = x.shape
+    size = (batch, channels, PAST + frames, height + 2, width + 2)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    out[:, :, PAST:, 1:-1, 1:-1] = x
+    out[:, :, :PAST, 1:-1, 1:-1] = past
+    out[:, :, :, 1:-1, 0] = out[:, :, :, 1:-1, 1]
+    out[:, :, :, 1:-1, -1] = out[:, :, :, 1:-1, -2]
+    out[:, :, :, 0] = out[:, :, :, 1]
+    out[:, :, :, -1] = out[:, :, :, -2]
+    return out
+
+
+class ResidualBlock(nn.Module):
+    """x plus two convolutions, each after norm and SiLU; a 1x1x1 convolution takes x to another number of channels."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = ChannelNorm(channels), CausalConv(channels, out)
+        self.norm2, self.conv2 = ChannelNorm(out), CausalConv(out, out)
+        self.nin_shortcut = None if channels == out else nn.Conv3d(channels, out, 1)
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, out, T, H, W]"""
+        h = self.conv1(F.silu(self.norm1(x), inplace=True), memory)
+        h = self.conv2(F.silu(self.norm2(h), inplace=True), memory)
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """Attention of one head among a frame's pixels and, with `causal`, those of all earlier frames."""
+
+    def __init__(self, channels: int, causal: bool) -> None:
+        super().__init__()
+        self.norm, self.causal = ChannelNorm(channels), causal
+        self.q, self.k, self.v, self.proj_out = (nn.Conv3d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape"""
+        h = self.norm(x).movedim(1, -1).flatten(2, 3)  # [B, T, H W, C]
+        q, k, v = (_pointwise(h, layer) for layer in (self.q, self.k, self.v))
+        if self.causal and h.shape[1] > 1:
+            seen = [(k[:, : t + 1].flatten(1, 2), v[:, : t + 1].flatten(1, 2)) for t in range(h.shape[1])]
+            parts = [F.scaled_dot_product_attention(q[:, t], *pair) for t, pair in enumerate(seen)]
+            out = torch.stack(parts, 1)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)  # frames take the place of heads
+        return x + _pointwise(out, self.proj_out).unflatten(2, x.shape[3:]).movedim(-1, 1)
+
+
+def _pointwise(x: Tensor, layer: nn.Conv3d) -> Tensor:
+    """A 1x1x1 convolution of x [..., C], channels last."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+class Middle(nn.Module):
+    """Attention between two residual blocks, at the lowest resolution."""
+
+    def __init__(self, channels: int, causal: bool) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = FrameAttention(channels, causal)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape"""
+        return self.block_2(self.attn_1(self.block_1(x, memory)), memory)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width and, with `temporal`, twice the frames: of a clip's first frame only the first.
+
+    Channels [rt, rh, rw, out] of a convolution, plus the input's channels repeated, become time and space.
+    """
+
+    def __init__(self, channels: int, out: int, temporal: bool) -> None:
+        super().__init__()
+        self.conv, self.temporal = CausalConv(channels, out * (8 if temporal else 4)), temporal
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, out, T, 2 H, 2 W], or 2 T frames; less one with which a clip begins"""
+        h = self.conv(x, memory)
+        if not self.temporal or (memory is not None and not memory.fresh):
+            return shuffle(_plus_repeated(h, x), 2 if self.temporal else 1)
+        first = h[:, :, :1].unflatten(1, (4, 2, -1))[:, :, 0].flatten(1, 2)  # [B, rh rw out, 1, H, W]
+        first = shuffle(_plus_repeated(first, x[:, :, :1]), 1)
+        if x.shape[2] == 1:
+            return first
+        return torch.cat([first, shuffle(_plus_repeated(h[:, :, 1:], x[:, :, 1:]), 2)], 2)
+
+
+def _plus_repeated(h: Tensor, x: Tensor) -> Tensor:
+    """h [B, C n, T, H, W] plus every channel of x [B, C, T, H, W] n times in a row, added in place."""
+    return h.unflatten(1, (x.shape[1], -1)).add_(x[:, :, None]).flatten(1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the height and width and, with `temporal`, half the frames: a clip's first frame stays one by itself.
+
+    Pixels become channels [rt, rh, rw, C] of a convolution's output, plus the means of groups of the input's own.
+    """
+
+    def __init__(self, channels: int, out: int, temporal: bool) -> None:
+        super().__init__()
+        self.conv, self.temporal, self.out = CausalConv(channels, out // (8 if temporal else 4)), temporal, out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, out, T, H / 2, W / 2], or 1 + (T - 1) / 2 frames"""
+        h = self.conv(x)
+        if not self.temporal:
+            return unshuffle(h, 1) + group_means(unshuffle(x, 1), self.out)
+        first = unshuffle(h[:, :, :1], 1).repeat(1, 2, 1, 1, 1) + group_means(unshuffle(x[:, :, :1], 1), self.out)
+        if x.shape[2] == 1:
+            return first
+        return torch.cat([first, unshuffle(h[:, :, 1:], 2) + group_means(unshuffle(x[:, :, 1:], 2), self.out)], 2)
+
+
+def shuffle(x: Tensor, frames: int) -> Tensor:
+    """x [B, (frames 2 2 C), T, H, W] -> [B, C, frames T, 2 H, 2 W]"""
+    batch, _, time, height, width = x.shape
+    cells = x.movedim(1, -1).unflatten(-1, (frames, 2, 2, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return cells.reshape(batch, frames * time, 2 * height, 2 * width, -1).movedim(-1, 1)
+
+
+def unshuffle(x: Tensor, frames: int) -> Tensor:
+    """x [B, C, frames T, 2 H, 2 W] -> [B, (frames 2 2 C), T, H, W]; undoes `shuffle`."""
+    cells = x.movedim(1, -1).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, frames))
+    return cells.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).movedim(-1, 1)
+
+
+def group_means(x: Tensor, out: int) -> Tensor:
+    """Means of channels that lie side by side: x [B, out n, T, H, W] -> [B, out, T, H, W]"""
+    return x.unflatten(1, (out, -1)).mean(2)
