@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from worldstride.bench.verify import VERIFIERS, Comparison, find_verifier
+from worldstride.bench.comparison import Comparison
+from worldstride.bench.verify import VERIFIERS, find_verifier
 from worldstride.cli import main
 from worldstride.errors import InputError
 

@@ -137,13 +137,16 @@ class Recalled:
     """Normalised intrinsics [3, 3]; None takes the model's own."""
     prompt: Any = None
     """What the model made of the prompt (see `EncodesPrompt`), or None."""
+    whole: int | None = None
+    """Latents of the whole context that these are a part of; None where they are all of it."""
 
     def part(self, places: Sequence[int], latents: Tensor) -> Recalled:
         """Those at some places, whose latents are these [B, n, ...]."""
         rows = list(places)
         cameras, positions, kinds = self.cameras[:, rows], self.positions[rows], self.kinds[rows]
         led = tuple(self.led[i] for i in rows) if self.led else ()
-        return replace(self, latents=latents, cameras=cameras, positions=positions, kinds=kinds, led=led)
+        whole = len(self.positions) if self.whole is None else self.whole
+        return replace(self, latents=latents, cameras=cameras, positions=positions, kinds=kinds, led=led, whole=whole)
 
 
 class Context(Protocol):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,8 @@ from torch import Tensor
 from worldstride import noise as noises
 from worldstride.atomic import atomic_write
 from worldstride.attention import Attend, attend
+from worldstride.bench.comparison import Comparison, Verifier
+from worldstride.bench.verify_hy_worldplay import HYWorldPlayVerifier
 from worldstride.camera import camera_from_pose
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import InputError
@@ -26,52 +28,6 @@ from worldstride.models.courtyard.adapter import CourtyardInputs, CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import random_network
 from worldstride.protocol import Conditions, Context, Recalled
-
-TOLERANCE = 1e-4
-"""Largest error in float32, as a share of the expected tensor's largest value."""
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """One tensor as it came out and as it was recorded."""
-
-    tensor: str
-    got: Tensor
-    expected: Tensor
-    tolerance: float = TOLERANCE
-
-    @property
-    def absolute(self) -> float:
-        """Largest absolute error; infinite where shapes differ or a value is not finite."""
-        if self.got.shape != self.expected.shape:
-            return float("inf")
-        if not self.got.numel():
-            return 0.0
-        error = (self.got.double() - self.expected.double()).abs().max()
-        return float(error) if bool(error.isfinite()) else float("inf")
-
-    @property
-    def relative(self) -> float:
-        """The same as a share of the expected tensor's largest value."""
-        largest = float(self.expected.abs().max()) if self.expected.numel() else 0.0
-        return self.absolute / max(largest, 1e-12)
-
-    @property
-    def fine(self) -> bool:
-        """Whether the error is within tolerance."""
-        return self.relative <= self.tolerance
-
-
-class Verifier(Protocol):
-    """Replays the cases of one format."""
-
-    def replay(self, case: Path) -> Iterator[Comparison]:
-        """Compute a recorded case anew; `InputError` where the file is none of this format."""
-        ...
-
-    def record(self, case: Path) -> None:
-        """Write a case, atomically; `InputError` where cases of this format come from elsewhere."""
-        ...
 
 
 class CourtyardVerifier:
@@ -132,7 +88,7 @@ class CourtyardVerifier:
             raise InputError(f"cannot read the case {case}: {error}") from error
 
 
-VERIFIERS: dict[str, Verifier] = {"courtyard": CourtyardVerifier()}
+VERIFIERS: dict[str, Verifier] = {"courtyard": CourtyardVerifier(), "hy_worldplay": HYWorldPlayVerifier()}
 """Every format that `worldstride verify` knows."""
 
 

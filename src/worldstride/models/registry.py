@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,7 @@ class ModelEntry:
     """(path, weights, device, dtype) -> model and the SHA-256 of its weights."""
     repository: str = ""
     """Where the weights are published, a second name of the model."""
-    controls: ControlSettings = ControlSettings()
+    controls: ControlSettings = field(default_factory=ControlSettings)
     """How keys and mouse move the camera; as in the model's training walks."""
 
 

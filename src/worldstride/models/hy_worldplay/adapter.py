@@ -16,7 +16,7 @@ from worldstride.models.hy_worldplay import cost, poses
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
-from worldstride.models.hy_worldplay.places import Places, places, rotary_table
+from worldstride.models.hy_worldplay.places import Places, projections, rotary_table
 from worldstride.models.hy_worldplay.retrieval import EIGHT_B, ball_points, distances, overlap, visible
 from worldstride.models.hy_worldplay.text import KeysValues, Prompt
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
@@ -30,7 +30,8 @@ FIRST = -1
 SHIFT = 5.0
 """Of the noise schedule."""
 RANKS = 64
-"""Ranks on either side of the chunk's first latent for which rotary angles are at hand."""
+"""Latents of the longest context with a chunk: so many ranks have rotary angles at hand. Text has no rank, so those of
+latents count from the context's first one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,8 @@ class HYInputs:
 
     condition: Tensor
     labels: Tensor
-    at: Places
+    project: Tensor
+    unproject: Tensor
     text: tuple[KeysValues, ...]
 
 
@@ -101,9 +103,9 @@ class HYWorldPlay:
         self.token_grid = (decoder.size[0] // 16, decoder.size[1] // 16)
         self.latent_shape = (self.config.channels, *self.token_grid)
         self.intrinsics = poses.intrinsics().float()
-        ranks = torch.arange(-RANKS, RANKS, device=self.device)
+        ranks = torch.arange(RANKS, device=self.device)
         tokens = rotary_table(ranks, *self.token_grid, self.config.rope, self.config.theta)
-        self._tables = tuple(t.unflatten(0, (2 * RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
+        self._tables = tuple(t.unflatten(0, (RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
 
     def chunk(self, k: int) -> ChunkShape:
         """4 latents; 13 frames in the first chunk and 16 in others; the whole past up to 20 latents, then 12 of them,
@@ -168,11 +170,11 @@ class HYWorldPlay:
     def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
         """Places, labels and the first image of the coming latents."""
         c = conditions
-        at = self._places(c.cameras, c.positions, c.intrinsics)
+        matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
         prompt = _prompt(c.encoded)
         numbers = self.label(c.cameras[0], None) if not c.led else tuple(n if isinstance(n, int) else 0 for n in c.led)
         condition = self._condition(c.cameras.shape[0], numbers, prompt)
-        return (HYInputs(condition, self._numbers(numbers), at, prompt.text),)
+        return (HYInputs(condition, self._numbers(numbers), *matrices, prompt.text),)
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
         """One pass over all remembered latents; nothing of `previous` is kept."""
@@ -194,7 +196,7 @@ class HYWorldPlay:
         if not kept:
             return HYContext((), None)
         every = torch.stack(list(kept), 4).flatten(4, 5)  # [B, depth, 2, heads, N, head_dim]
-        at = self._places(recalled.cameras, recalled.positions, self._intrinsics(recalled))
+        at = self._places(recalled)
         return HYContext(tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), at)
 
     def velocity(
@@ -203,7 +205,9 @@ class HYWorldPlay:
         """The network's own prediction; `sigma` is a number or [B]."""
         held, level = _own(context), torch.as_tensor(sigma, device=self.device).float() * 1000
         levels = level.reshape(-1, 1).expand(x.shape[:2])
-        frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), inputs.at)
+        cos, sin = (t[held.latents : held.latents + x.shape[1]].flatten(0, 1) for t in self._tables)
+        at = Places(cos, sin, inputs.project, inputs.unproject)
+        frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), at)
         return self.network.velocity(frames, inputs.text, held.keys_values, held.where, attend).float(), {}
 
     def context_flops(self, encoded: int, seen: float) -> float:
@@ -229,22 +233,22 @@ class HYWorldPlay:
     def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[KeysValues, ...]]:
         """Remembered latents as the network takes them, and the text that they see."""
         x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
-        at = self._places(recalled.cameras, recalled.positions, self._intrinsics(recalled))
+        at = self._places(recalled)
         numbers = tuple(n if isinstance(n, int) else 0 for n in recalled.led) or (0,) * x.shape[1]
         condition = self._condition(len(x), numbers, prompt)
         levels = torch.full(x.shape[:2], STABLE, device=self.device)
         return Frames(x, condition, levels, self._numbers(numbers).expand(x.shape[:2]), at), prompt.text
 
-    def _intrinsics(self, recalled: Recalled) -> Tensor:
-        return self.intrinsics if recalled.intrinsics is None else recalled.intrinsics
-
-    def _places(self, cameras: Tensor, positions: Tensor, intrinsics: Tensor) -> Places:
-        ranks = positions.tolist()
-        if ranks and not (min(ranks) >= -RANKS and max(ranks) < RANKS):
-            raise InputError(f"ranks must lie from {-RANKS} to {RANKS - 1}, got {min(ranks)} to {max(ranks)}")
-        at = torch.tensor([rank + RANKS for rank in ranks]).to(self.device, non_blocking=True)
+    def _places(self, recalled: Recalled) -> Places:
+        """Places of remembered latents; their ranks count from the first of the whole context."""
+        whole = len(recalled.positions) if recalled.whole is None else recalled.whole
+        if whole + NEW > RANKS:
+            raise InputError(f"a context must have at most {RANKS - NEW} latents, got {whole}")
+        at = (recalled.positions + whole).to(self.device, non_blocking=True)
         cos, sin = (table.index_select(0, at).flatten(0, 1) for table in self._tables)
-        return places(cameras.to(self.device, non_blocking=True), intrinsics.to(self.device), (cos, sin))
+        intrinsics = self.intrinsics if recalled.intrinsics is None else recalled.intrinsics
+        cameras = recalled.cameras.to(self.device, non_blocking=True)
+        return Places(cos, sin, *projections(cameras, intrinsics.to(self.device)))
 
     def _numbers(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor([max(n, 0) for n in numbers]).to(self.device, non_blocking=True)

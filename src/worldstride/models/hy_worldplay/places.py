@@ -57,20 +57,13 @@ def rotary_table(
 
 
 def projections(cameras: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """P and P^-1 [..., 4, 4] of cameras-to-world [..., 4, 4] with normalised intrinsics [..., 3, 3].
+    """P and P^-1, float32 [..., 4, 4], of cameras-to-world [..., 4, 4] with normalised intrinsics [..., 3, 3].
 
     P is the diagonal of the focal lengths times world-to-camera; the principal point does not enter.
     """
-    focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
-    ones = torch.ones_like(focal)
-    scale = torch.cat([focal, ones], -1)
+    cameras, focal = cameras.float(), intrinsics.float().diagonal(dim1=-2, dim2=-1)[..., :2]
+    scale = torch.cat([focal, torch.ones_like(focal)], -1)
     return scale[..., :, None] * camera.invert(cameras), cameras / scale[..., None, :]
-
-
-def places(cameras: Tensor, intrinsics: Tensor, table: tuple[Tensor, Tensor]) -> Places:
-    """Places of latents with cameras-to-world [B, T, 4, 4], of which `table` holds the rotary angles."""
-    project, unproject = projections(cameras.float(), intrinsics.float().to(cameras.device))
-    return Places(*table, project, unproject)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
