@@ -107,6 +107,10 @@ class HYWorldPlay:
         tokens = rotary_table(ranks, *self.token_grid, self.config.rope, self.config.theta)
         self._tables = tuple(t.unflatten(0, (RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
 
+    def compile_passes(self) -> None:
+        """Compile blocks, and the decoder, when they are first met: once for every length of the context."""
+        self.network.compile_passes()
+
     def chunk(self, k: int) -> ChunkShape:
         """4 latents; 13 frames in the first chunk and 16 in others; the whole past up to 20 latents, then 12 of them,
         the first clip and one that is retrieved."""

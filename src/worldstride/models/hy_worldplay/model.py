@@ -6,7 +6,7 @@ they are attended to, so that what is kept of a latent stays true when the windo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,6 +60,26 @@ class VideoBlock(nn.Module):
         x = gated(x, self.out(both), rows[2])
         return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
 
+    def forward(
+        self,
+        x: Tensor,  # [B, N, width]
+        level: Tensor,  # [B, T, width]
+        at: Places,
+        text: KeysValues,  # [1, heads, L, head_dim]
+        context: KeysValues | None,  # [B, heads, Nc, head_dim], at places `where`
+        where: Places | None,
+        attend: Attend,
+        last: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens that attend to text, context and each other, and their own keys and values without places.
+
+        With `last` nobody asks for the tokens, and they are returned as they came.
+        """
+        rows, (q, k, v) = self.begin(x, level)
+        if last:
+            return x, k, v
+        return self.end(x, _streams(q, (k, v), at, text, context, where, attend), rows), k, v
+
 
 class HYNetwork(nn.Module):
     """Stateless: `text`, `context`, `velocity`, and `joint` for models that know no cache."""
@@ -76,6 +96,14 @@ class HYNetwork(nn.Module):
         self.video = nn.ModuleList(VideoBlock(config) for _ in range(config.depth))
         self.words = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
         self.final, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, config.channels)
+        self.run: Callable[..., tuple[Tensor, Tensor, Tensor]] = VideoBlock.forward
+        """What runs a block; a compiled `VideoBlock.forward` may stand in for it."""
+
+    def compile_passes(self) -> None:
+        """Have torch compile blocks when they first run, once for every length of the context and each pass."""
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(64, limits.recompile_limit)  # one a size; 8 would be too few
+        self.run = torch.compile(VideoBlock.forward, dynamic=False)
 
     def text(self, prompt: Prompt, attend: Attend) -> list[KeysValues]:
         """Keys and values [1, heads, L, head_dim] of a prompt, a pair a block; they hold for every chunk."""
@@ -99,11 +127,9 @@ class HYNetwork(nn.Module):
         """
         x, about = self._entered(frames)
         written, seen = list[KeysValues](), past if where is not None else [None] * len(self.video)
-        for block, words, kept in zip(self._video_blocks(), text, seen, strict=True):
-            rows, (q, k, v) = block.begin(x, about)
+        for i, (block, words, kept) in enumerate(zip(self.video, text, seen, strict=True)):
+            x, k, v = self.run(block, x, about, frames.at, words, kept, where, attend, i + 1 == len(self.video))
             written.append((k, v))
-            if len(written) < len(self.video):  # the last block's tokens go nowhere
-                x = block.end(x, _streams(q, (k, v), frames.at, words, kept, where, attend), rows)
         return written
 
     def velocity(
@@ -113,9 +139,8 @@ class HYNetwork(nn.Module):
         """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context."""
         x, about = self._entered(frames)
         past = context if where is not None else [None] * len(self.video)
-        for block, words, kept in zip(self._video_blocks(), text, past, strict=True):
-            rows, (q, k, v) = block.begin(x, about)
-            x = block.end(x, _streams(q, (k, v), frames.at, words, kept, where, attend), rows)
+        for block, words, kept in zip(self.video, text, past, strict=True):
+            x, _, _ = self.run(block, x, about, frames.at, words, kept, where, attend)
         return self._left(x, about, frames)
 
     def joint(self, frames: Frames, prompt: Prompt, level: float, attend: Attend) -> Tensor:
