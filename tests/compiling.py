@@ -1,6 +1,6 @@
 """Compile the kernels for a Hopper GPU that is not there, exactly as their launchers would, and read the machine code.
 
-    python compiling.py forward|warp_specialised|prepare|select
+    python compiling.py forward|warp_specialised|prepare|select|streams
 
 prints JSON, one record a kernel. Without TRITON_INTERPRET in the environment.
 """
@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from worldstride.attention import kernels
+from worldstride.attention.kernels import streams
 from worldstride.attention.layout import boxes
 from worldstride.attention.selection import Selection
 
@@ -171,8 +172,19 @@ def selection() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"select, {rule.score}, {blocks} blocks", lambda g=given: kernels.select_blocks(*g)
 
 
+def placing() -> Iterator[tuple[str, Callable[[], object]]]:
+    for dtype, channels in ((torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 128)):
+        x = torch.zeros(1, 2, 100, channels, dtype=dtype)
+        table, matrices = (torch.zeros(100, channels // 2),) * 2, torch.zeros(1, 4, 4, 4)
+        for turns in (table, None):
+            yield (
+                f"streams, {dtype}, {channels} channels",
+                lambda x=x, t=turns, m=matrices: streams.launch(x, t, m, x, x),
+            )
+
+
 def main(what: str) -> list[dict[str, Any]]:
-    calls = {"prepare": preparation, "select": selection}.get(what) or (
+    calls = {"prepare": preparation, "select": selection, "streams": placing}.get(what) or (
         lambda: attention({"forward": "triton", "warp_specialised": "gluon"}[what])
     )
     found = []

@@ -86,3 +86,11 @@ def test_selection_compiles_and_scores_on_matrix_units(tmp_path: Path):
     for of in found:
         products = of["counts"]["HGMMA"] + of["counts"]["HMMA"]
         assert (products > 0) == (of["kernel"] == "score"), of
+
+
+def test_placing_streams_compiles_and_spills_nothing(tmp_path: Path):
+    found = compiled("streams", tmp_path)
+    assert len(found) == 6
+    for of in found:
+        assert of["counts"]["STL"] == of["counts"]["LDL"] == 0, of
+        assert of["stack"] == [0], of

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,20 @@ from worldstride.camera import camera_from_pose
 from worldstride.control import Action
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import ContractError, InputError
-from worldstride.protocol import KINDS, ChunkShape, Conditions, Context, Decoder, Narrows, Recalled, WorldModel
+from worldstride.protocol import (
+    KINDS,
+    BeginsWithImage,
+    ChunkShape,
+    Conditions,
+    Context,
+    Decoder,
+    EncodesPrompt,
+    LabelsMotion,
+    Led,
+    Narrows,
+    Recalled,
+    WorldModel,
+)
 
 _STEPS = 2
 
@@ -32,6 +46,7 @@ class _Case:
     cameras: Tensor  # [1, N, 4, 4]
     positions: Tensor
     kinds: Tensor
+    led: tuple[Led, ...]
     conditions: Conditions
     noise: Tensor
 
@@ -39,15 +54,21 @@ class _Case:
 def check_model(
     model: WorldModel, prompt: Mapping[str, Tensor] | None = None, chunks: tuple[int, ...] = (0, 1), seed: int = 0
 ) -> None:
-    """Check shapes, determinism, statelessness, use of noise, context and cameras, clamping, committing and decoding.
+    """Check shapes, determinism, statelessness, use of noise, context, cameras and prompt, clamping, committing and
+    decoding.
 
-    `prompt` holds encoded text states for models that need them; `chunks` are the chunk numbers to try.
+    `prompt` holds encoded text states for models that need them; a first image is made for those that begin with one.
+    `chunks` are the chunk numbers to try.
     """
     _check(isinstance(model, WorldModel), f"{type(model).__name__} lacks members of WorldModel: {_lacking(model)}")
     _check(isinstance(model.decoder, Decoder), "model.decoder must offer encode and decode")
-    for k in chunks:
-        case, other = (_case(model, k, dict(prompt or {}), s) for s in (seed, seed + 1))
-        with torch.inference_mode():
+    with torch.inference_mode():
+        given = dict(prompt or {})
+        if isinstance(model, BeginsWithImage):
+            given |= model.image_prompt(_pictures(model, 1, torch.Generator().manual_seed(seed)))
+        encoded = model.encode_prompt(given, attend) if isinstance(model, EncodesPrompt) else None
+        for k in chunks:
+            case, other = (_case(model, k, given, encoded, s) for s in (seed, seed + 1))
             _check_chunk(model, case, other)
     _check_decoder(model, chunks, seed)
     _check_encoder(model, seed)
@@ -78,12 +99,14 @@ def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
         "other noise gave the same latents: the noise that is passed in must be honoured",
     )
     _check(
-        not torch.equal(first, _denoise(model, case, model.prepare(_steered(case, other)), context, case.noise)),
+        not torch.equal(first, _denoise(model, case, model.prepare(_steered(model, case, other)), context, case.noise)),
         "other cameras and actions gave the same latents: the chunk's conditions are ignored",
     )
     _check_context(model, case, other, first, context, inputs)
     if isinstance(model, Narrows):
         _check_parting(model, model, case, other)
+    if isinstance(model, EncodesPrompt):
+        _check_prompt(model, model, case, first)
     _check_given(model, case, inputs, first)
 
 
@@ -126,6 +149,19 @@ def _check_parting(model: WorldModel, parts: Narrows, case: _Case, other: _Case)
             "a model that narrows must take a noise level for each world of a batch: a world came out otherwise",
         )
         _check(float((narrowed - alone).abs().max()) <= bound, f"narrow to world {i} of a batch gave another world")
+
+
+def _check_prompt(model: WorldModel, encodes: EncodesPrompt, case: _Case, first: Tensor) -> None:
+    """What a prompt is encoded as depends on it and on nothing else."""
+    prompt = case.conditions.prompt
+    other = {name: -t if t.is_floating_point() else t for name, t in prompt.items()}
+    with _untouched(*prompt.values()):
+        results = [
+            _rollout(model, replace(case, conditions=replace(case.conditions, prompt=of, encoded=made)))
+            for of, made in ((of, encodes.encode_prompt(of, attend)) for of in (other, prompt))
+        ]
+    _check(not torch.equal(first, results[0]), "another prompt gave the same latents: the prompt is ignored")
+    _check(torch.equal(first, results[1]), "encoding the same prompt again gave other latents")
 
 
 def _joined(case: _Case, other: _Case) -> _Case:
@@ -195,10 +231,8 @@ def _check_decoder(model: WorldModel, chunks: tuple[int, ...], seed: int) -> Non
 def _check_encoder(model: WorldModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
-        probe, _ = model.decoder.decode(torch.zeros(1, 1, *model.latent_shape, device=model.device), {})
-        height, width = probe.shape[2:4]
-        count = max(1, model.chunk(0).frames)
-        one, two = (torch.randint(256, (1, count, height, width, 3), generator=generator).byte() for _ in range(2))
+        one, two = (_pictures(model, model.chunk(0).frames, generator) for _ in range(2))
+        height, width = one.shape[2:4]
         with _untouched(one):
             first = model.decoder.encode(one)
         model.decoder.encode(two)
@@ -214,13 +248,26 @@ def _check_encoder(model: WorldModel, seed: int) -> None:
     raise ContractError(f"encode must raise InputError on frames of {height - 1} x {width}, one row short")
 
 
+def _pictures(model: WorldModel, count: int, generator: torch.Generator) -> Tensor:
+    """Random frames uint8 [1, count, H, W, 3] of the model's size."""
+    probe, _ = model.decoder.decode(torch.zeros(1, 1, *model.latent_shape, device=model.device), {})
+    return torch.randint(256, (1, count, *probe.shape[2:4], 3), generator=generator).byte()
+
+
 def _recalled(case: _Case) -> Recalled:
-    """What the context is made of; some latents were steered by actions, some were not."""
-    led = [Action({"KeyW"}) if i % 2 else None for i in range(case.latents.shape[1])]
-    return Recalled(case.latents, case.cameras, case.positions, case.kinds, led)
+    """What the context is made of."""
+    made = case.conditions.encoded
+    return Recalled(case.latents, case.cameras, case.positions, case.kinds, case.led, prompt=made)
 
 
-def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], seed: int) -> _Case:
+def _led(model: WorldModel, cameras: Tensor, before: Tensor | None) -> tuple[Led, ...] | None:
+    """Labels of latents with cameras [1, T, 4, 4] that follow those before [1, N, 4, 4]; None without labels."""
+    if not isinstance(model, LabelsMotion):
+        return None
+    return model.label(cameras[0], before[0, -1] if before is not None and before.shape[1] else None)
+
+
+def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], encoded: Any, seed: int) -> _Case:
     shape = model.chunk(k)
     generator = torch.Generator().manual_seed(1000 * seed + k)
     count = shape.sink + shape.memory + shape.window
@@ -236,17 +283,24 @@ def _case(model: WorldModel, k: int, prompt: dict[str, Tensor], seed: int) -> _C
     total = shape.clean + shape.new
     conditions = Conditions(
         k, cameras(total), cameras(shape.frames), model.intrinsics, (Action(),) * shape.frames,
-        torch.arange(-shape.clean, shape.new), latents(shape.clean) if shape.clean else None, prompt,
+        torch.arange(-shape.clean, shape.new), latents(shape.clean) if shape.clean else None, prompt, encoded,
     )  # fmt: skip
-    positions = torch.arange(-count, 0) - shape.clean
-    return _Case(shape, latents(count), cameras(count), positions, torch.tensor(kinds), conditions, latents(total))
+    positions, remembered, past = torch.arange(-count, 0) - shape.clean, latents(count), cameras(count)
+    # labels, or some latents that were steered by actions and some that were not
+    led = _led(model, past, None) or tuple(Action({"KeyW"}) if i % 2 else None for i in range(count))
+    conditions = replace(conditions, led=_led(model, conditions.cameras[:, shape.clean :], past) or ())
+    return _Case(shape, remembered, past, positions, torch.tensor(kinds), led, conditions, latents(total))
 
 
-def _steered(case: _Case, other: _Case) -> Conditions:
+def _steered(model: WorldModel, case: _Case, other: _Case) -> Conditions:
     """The case's chunk, steered elsewhere."""
+    head = case.shape.clean
     cameras, actions = other.conditions.cameras.clone(), (Action(frozenset({"KeyW"})),) * case.shape.frames
-    cameras[:, : case.shape.clean] = case.conditions.cameras[:, : case.shape.clean]
-    return replace(case.conditions, cameras=cameras, frame_cameras=other.conditions.frame_cameras, actions=actions)
+    cameras[:, :head] = case.conditions.cameras[:, :head]
+    return replace(
+        case.conditions, cameras=cameras, frame_cameras=other.conditions.frame_cameras, actions=actions,
+        led=_led(model, cameras[:, head:], case.cameras) or (),
+    )  # fmt: skip
 
 
 def _context(model: WorldModel, case: _Case) -> Context:

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from worldstride.attention import attend
+from worldstride.attention import attend, streams
+from worldstride.attention.streams import KeysValues, Places
 from worldstride.bench.comparison import Comparison
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, WorldstrideError
@@ -31,7 +32,7 @@ from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.poses import parse_poses
 from worldstride.models.hy_worldplay.retrieval import select
-from worldstride.models.hy_worldplay.text import KeysValues, Prompt
+from worldstride.models.hy_worldplay.text import Prompt
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.weights import build
 
@@ -114,7 +115,7 @@ class _Replay:
                 frames = self._frames(latents, chosen, range(count), STABLE)
                 kept, where = self.network.context(frames, text, attend), frames.at
                 if (keys := tensors.get(f"chunk{c}/layer0_context_k")) is not None:
-                    yield Comparison(f"chunk{c}/layer0_context_k", places.of_keys(*kept[0], where)[0], keys)
+                    yield Comparison(f"chunk{c}/layer0_context_k", streams.of_keys(*kept[0], where)[0], keys)
             for i, (sigma, after) in enumerate(pairwise(sigmas)):
                 frames = self._frames(latents, rows, range(count, count + NEW), 1000 * sigma)
                 velocity = self.network.velocity(frames, text, kept, where, attend)
@@ -127,7 +128,7 @@ class _Replay:
         some, config = list(rows), self.network.config
         height, width = latents.shape[3:]
         cos, sin = places.rotary_table(torch.tensor(list(ranks)), height, width, config.rope, config.theta)
-        at = places.Places(cos, sin, *places.projections(self.cameras[:, some], self.intrinsics[:, some]))
+        at = Places(cos, sin, *places.projections(self.cameras[:, some], self.intrinsics[:, some]))
         levels = torch.full((1, len(some)), level)
         return Frames(latents[:, some], self.condition[:, some], levels, self.given["action"][:, some], at)
 
@@ -138,7 +139,7 @@ class _Replay:
         q = tensors["prope/q"]
         project, unproject = places.projections(self.cameras[:, :NEW], self.intrinsics[:, :NEW])
         for name, matrices in (("pq", project.mT), ("pk", unproject), ("pv", unproject), ("po", project)):
-            yield Comparison(f"prope/{name}", places.carry(q, matrices), tensors[f"prope/{name}"])
+            yield Comparison(f"prope/{name}", streams.carry(q, matrices), tensors[f"prope/{name}"])
 
     def _vae(self) -> Iterator[Comparison]:
         tensors = self.tensors

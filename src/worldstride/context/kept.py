@@ -150,13 +150,14 @@ def clips(absent: Sequence[int], count: int, recent: int, clip: int) -> list[lis
 
 def _alone(model: KeepsLatents, recalled: Recalled, attend: Attend) -> Tensor:
     """What is kept of latents [B, A, ...] that see only themselves, all as worlds of their own: [B, A, ...]."""
-    lead, zero = recalled.latents.shape[:2], torch.zeros(1, dtype=torch.long)
+    lead = recalled.latents.shape[:2]
     if recalled.led and len({*recalled.led}) > 1:  # worlds of a batch share what led to their latents
         parts = [recalled.part([i], recalled.latents[:, i : i + 1]) for i in range(lead[1])]
         return torch.cat([_alone(model, part, attend) for part in parts], 1)
+    # each is a whole context: the same place in it whatever the window, for a model may rank latents from its start
     each = replace(
         recalled, latents=recalled.latents.flatten(0, 1)[:, None], cameras=recalled.cameras.flatten(0, 1)[:, None],
-        positions=zero, kinds=zero, led=recalled.led[:1],
+        positions=torch.tensor([-1]), kinds=torch.tensor([0]), led=recalled.led[:1], whole=1,
     )  # fmt: skip
     return model.encode_latents(each, None, attend)[:, 0].unflatten(0, lead)
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from worldstride.attention import Attend
+from worldstride.attention.streams import KeysValues, Places
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.hy_worldplay import cost, poses
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
-from worldstride.models.hy_worldplay.places import Places, projections, rotary_table
+from worldstride.models.hy_worldplay.places import projections, rotary_table
 from worldstride.models.hy_worldplay.retrieval import EIGHT_B, ball_points, distances, overlap, visible
-from worldstride.models.hy_worldplay.text import KeysValues, Prompt
+from worldstride.models.hy_worldplay.text import Prompt
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 NEW, WINDOW, MEMORY, SINK = 4, 12, 4, 4

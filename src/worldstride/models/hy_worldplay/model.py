@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend
-from worldstride.models.hy_worldplay import places
+from worldstride.attention import Attend, streams
+from worldstride.attention.streams import KeysValues, Places
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
-from worldstride.models.hy_worldplay.places import Places
-from worldstride.models.hy_worldplay.text import KeysValues, Prompt, TextBlock, TextEntry
+from worldstride.models.hy_worldplay.text import Prompt, TextBlock, TextEntry
 
 Rows = tuple[Tensor, ...]
 """Shift, scale and gate of attention, then of the MLP: six times [B, T, width]."""
@@ -60,26 +59,6 @@ class VideoBlock(nn.Module):
         x = gated(x, self.out(both), rows[2])
         return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
 
-    def forward(
-        self,
-        x: Tensor,  # [B, N, width]
-        level: Tensor,  # [B, T, width]
-        at: Places,
-        text: KeysValues,  # [1, heads, L, head_dim]
-        context: KeysValues | None,  # [B, heads, Nc, head_dim], at places `where`
-        where: Places | None,
-        attend: Attend,
-        last: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens that attend to text, context and each other, and their own keys and values without places.
-
-        With `last` nobody asks for the tokens, and they are returned as they came.
-        """
-        rows, (q, k, v) = self.begin(x, level)
-        if last:
-            return x, k, v
-        return self.end(x, _streams(q, (k, v), at, text, context, where, attend), rows), k, v
-
 
 class HYNetwork(nn.Module):
     """Stateless: `text`, `context`, `velocity`, and `joint` for models that know no cache."""
@@ -96,14 +75,14 @@ class HYNetwork(nn.Module):
         self.video = nn.ModuleList(VideoBlock(config) for _ in range(config.depth))
         self.words = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
         self.final, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, config.channels)
-        self.run: Callable[..., tuple[Tensor, Tensor, Tensor]] = VideoBlock.forward
-        """What runs a block; a compiled `VideoBlock.forward` may stand in for it."""
+        self.begin: Callable[..., tuple[Rows, tuple[Tensor, Tensor, Tensor]]] = VideoBlock.begin
+        self.end: Callable[..., Tensor] = VideoBlock.end
+        """What computes a block before and after attention; compiled functions may stand in for them."""
 
     def compile_passes(self) -> None:
-        """Have torch compile blocks when they first run, once for every length of the context and each pass."""
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(64, limits.recompile_limit)  # one a size; 8 would be too few
-        self.run = torch.compile(VideoBlock.forward, dynamic=False)
+        """Have torch compile what stands before and after attention, for the two numbers of tokens first met and then
+        for any: attention itself, whose keys grow, is never compiled anew."""
+        self.begin, self.end = torch.compile(VideoBlock.begin), torch.compile(VideoBlock.end)
 
     def text(self, prompt: Prompt, attend: Attend) -> list[KeysValues]:
         """Keys and values [1, heads, L, head_dim] of a prompt, a pair a block; they hold for every chunk."""
@@ -127,9 +106,12 @@ class HYNetwork(nn.Module):
         """
         x, about = self._entered(frames)
         written, seen = list[KeysValues](), past if where is not None else [None] * len(self.video)
-        for i, (block, words, kept) in enumerate(zip(self.video, text, seen, strict=True)):
-            x, k, v = self.run(block, x, about, frames.at, words, kept, where, attend, i + 1 == len(self.video))
-            written.append((k, v))
+        for block, words, kept in zip(self.video, text, seen, strict=True):
+            rows, (q, k, v) = self.begin(block, x, about)
+            written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
+            if len(written) < len(self.video):  # the last block's tokens go nowhere
+                out = _attended(q, (k, v), frames.at, words, kept, where, attend)
+                x = self.end(block, x, out, rows)
         return written
 
     def velocity(
@@ -140,7 +122,8 @@ class HYNetwork(nn.Module):
         x, about = self._entered(frames)
         past = context if where is not None else [None] * len(self.video)
         for block, words, kept in zip(self.video, text, past, strict=True):
-            x, _, _ = self.run(block, x, about, frames.at, words, kept, where, attend)
+            rows, (q, k, v) = self.begin(block, x, about)
+            x = self.end(block, x, _attended(q, (k, v), frames.at, words, kept, where, attend), rows)
         return self._left(x, about, frames)
 
     def joint(self, frames: Frames, prompt: Prompt, level: float, attend: Attend) -> Tensor:
@@ -155,9 +138,9 @@ class HYNetwork(nn.Module):
         for block, words in zip(self._video_blocks(), self._text_blocks(), strict=True):
             rows, (q, k, v) = block.begin(x, about)
             told, (text_q, text_k, text_v) = words.begin(y, meaning)
-            keys, values = places.of_keys(k, v, frames.at)
+            keys, values = streams.of_keys(k, v, frames.at)
             keys, values = (torch.cat([_twice(t), s], 2) for t, s in ((text_k, keys), (text_v, values)))
-            both = places.back(attend(places.of_queries(q, frames.at), keys, values), frames.at)
+            both = streams.back(attend(streams.of_queries(q, frames.at), keys, values), frames.at)
             y = words.end(y, attend(text_q, keys[: len(x)], values[: len(x)]), told)
             x = block.end(x, both, rows)
         return self._left(x, about, frames)
@@ -185,13 +168,10 @@ def _twice(x: Tensor) -> Tensor:
     return torch.cat([x, x])
 
 
-def _streams(
+def _attended(
     q: Tensor, own: KeysValues, at: Places, text: KeysValues, context: KeysValues | None, where: Places | None,
     attend: Attend,
 ) -> Tensor:  # fmt: skip
     """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to text, context and themselves."""
-    parts = [tuple(_twice(t.expand(len(q), -1, -1, -1)) for t in text)]
-    if context is not None and where is not None:
-        parts.append(places.of_keys(*context, where))
-    keys, values = (torch.cat(of, 2) for of in zip(*parts, places.of_keys(*own, at), strict=True))
-    return places.back(attend(places.of_queries(q, at), keys, values), at)
+    keys, values = streams.every_key(text, context, where, own, at)
+    return streams.back(attend(streams.of_queries(q, at), keys, values), at)

@@ -16,9 +16,6 @@ from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, merged, modulated
 
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values [B, heads, N, head_dim]."""
-
 
 @dataclass(frozen=True, eq=False)
 class Prompt:

@@ -1,0 +1,162 @@
+"""Attention in two streams, each with its own idea of where tokens are.
+
+In the first, queries and keys turn with their place in the window (rotary angles, Su et al., 2021). In the second they
+are carried into a frame common to all cameras by the projection matrix P of their own camera (PRoPE, Li et al., 2025,
+arXiv 2507.10496): P^T q, P^-1 k and P^-1 v, and P maps the result back, so that only relative projections count.
+
+Both are stacked on the batch. Written out in torch; on a GPU with Triton one kernel does it in one pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worldstride.attention import ops
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values [B, heads, N, E]."""
+
+
+class Places(NamedTuple):
+    """Places of T latents' tokens, latent after latent, with as many each."""
+
+    cos: Tensor
+    """Cosines of rotary angles, float32 [N, E / 2]."""
+    sin: Tensor
+    """Sines, likewise."""
+    project: Tensor
+    """P, from world to image coordinates, float32 [B, T, 4, 4]."""
+    unproject: Tensor
+    """P^-1, likewise."""
+
+    @property
+    def latents(self) -> int:
+        """Latents."""
+        return self.project.shape[1]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel pairs (2 i, 2 i + 1) of x [..., N, E] turned by angles [N, E / 2], in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+def carry(x: Tensor, matrices: Tensor) -> Tensor:
+    """Every four channels of x [B, heads, T n, E] multiplied by their latent's matrix [B, T, 4, 4], in float32."""
+    parts = x.unflatten(2, (matrices.shape[1], -1)).unflatten(-1, (-1, 1, 4)).float()  # [B, heads, T, n, E/4, 1, 4]
+    return (parts * matrices[:, None, :, None, None]).sum(-1).flatten(-2).flatten(2, 3).to(x.dtype)
+
+
+def of_queries(q: Tensor, at: Places) -> Tensor:
+    """Queries [B, heads, N, E] of both streams, one after the other: [2 B, heads, N, E]."""
+    if _fused(q):
+        return place_queries(q, at.cos, at.sin, at.project)
+    return torch.cat([turn(q, at.cos, at.sin), carry(q, at.project.mT)])
+
+
+def of_keys(k: Tensor, v: Tensor, at: Places) -> KeysValues:
+    """Keys and values [B, heads, N, E] of both streams, likewise."""
+    keys = torch.cat([turn(k, at.cos, at.sin), carry(k, at.unproject)])
+    return keys, torch.cat([v, carry(v, at.unproject)])
+
+
+def every_key(
+    text: KeysValues, context: KeysValues | None, where: Places | None, own: KeysValues, at: Places
+) -> KeysValues:
+    """Keys and values [2 B, heads, L + Nc + N, E] of text [1, heads, L, E], context and a chunk's own tokens.
+
+    Text has no place: it is alike in both streams, and for all worlds.
+    """
+    if _fused(own[0]):
+        past = (None,) * 5 if context is None or where is None else (*context, where.cos, where.sin, where.unproject)
+        return place_keys(*text, *past, *own, at.cos, at.sin, at.unproject)
+    batch = 2 * len(own[0])
+    parts = [tuple(t.expand(batch, -1, -1, -1) for t in text)]
+    if context is not None and where is not None:
+        parts.append(of_keys(*context, where))
+    keys, values = (torch.cat(of, 2) for of in zip(*parts, of_keys(*own, at), strict=True))
+    return keys, values
+
+
+def back(out: Tensor, at: Places) -> Tensor:
+    """Attention's results [2 B, heads, N, E] of both streams as tokens [B, N, 2 heads E], first stream first."""
+    if _fused(out):
+        return place_back(out, at.project)
+    turned, carried = out.chunk(2)
+    both = torch.cat([turned, carry(carried, at.project)], 1)  # [B, 2 heads, N, E]
+    return both.transpose(1, 2).flatten(2)
+
+
+def _fused(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and x.shape[-1] in (16, 32, 64, 128) and not ops.usable("triton", x)
+
+
+@torch.library.custom_op("worldstride::place_queries", mutates_args=(), device_types="cuda")
+def place_queries(q: Tensor, cos: Tensor, sin: Tensor, project: Tensor) -> Tensor:
+    """See `of_queries`."""
+    from worldstride.attention.kernels.streams import launch
+
+    out = q.new_empty(2 * len(q), *q.shape[1:])
+    launch(q, (cos, sin), project.mT, *out.chunk(2))
+    return out
+
+
+@place_queries.register_fake
+def _(q: Tensor, cos: Tensor, sin: Tensor, project: Tensor) -> Tensor:
+    return q.new_empty(2 * q.shape[0], *q.shape[1:])
+
+
+@torch.library.custom_op("worldstride::place_keys", mutates_args=(), device_types="cuda")
+def place_keys(
+    text_k: Tensor, text_v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_cos: Tensor | None,
+    past_sin: Tensor | None, past_unproject: Tensor | None, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
+    unproject: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `every_key`; the past is there whole or not at all."""
+    from worldstride.attention.kernels.streams import launch
+
+    batch, heads, tokens, channels = k.shape
+    words, past = text_k.shape[2], 0 if past_k is None else past_k.shape[2]
+    keys = k.new_empty(2 * batch, heads, words + past + tokens, channels)
+    values = torch.empty_like(keys)
+    spans = (slice(words), slice(words, words + past), slice(words + past, None))
+    for made, text, before, own, turns in ((keys, text_k, past_k, k, True), (values, text_v, past_v, v, False)):
+        first, second = made.chunk(2)
+        launch(text.expand(batch, -1, -1, -1), None, None, first[:, :, spans[0]], second[:, :, spans[0]])
+        if before is not None and past_cos is not None and past_sin is not None:
+            table = (past_cos, past_sin) if turns else None
+            launch(before, table, past_unproject, first[:, :, spans[1]], second[:, :, spans[1]])
+        launch(own, (cos, sin) if turns else None, unproject, first[:, :, spans[2]], second[:, :, spans[2]])
+    return keys, values
+
+
+@place_keys.register_fake
+def _(
+    text_k: Tensor, text_v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_cos: Tensor | None,
+    past_sin: Tensor | None, past_unproject: Tensor | None, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
+    unproject: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    count = text_k.shape[2] + (0 if past_k is None else past_k.shape[2]) + k.shape[2]
+    keys = k.new_empty(2 * k.shape[0], k.shape[1], count, k.shape[3])
+    return keys, torch.empty_like(keys)
+
+
+@torch.library.custom_op("worldstride::place_back", mutates_args=(), device_types="cuda")
+def place_back(out: Tensor, project: Tensor) -> Tensor:
+    """See `back`."""
+    from worldstride.attention.kernels.streams import launch
+
+    (turned, carried), (heads, tokens, channels) = out.chunk(2), out.shape[1:]
+    made = out.new_empty(len(turned), tokens, 2, heads, channels)
+    first, second = (made[:, :, i].transpose(1, 2) for i in (0, 1))
+    launch(turned, None, None, first, None)
+    launch(carried, None, project, None, second)
+    return made.flatten(2)
+
+
+@place_back.register_fake
+def _(out: Tensor, project: Tensor) -> Tensor:
+    return out.new_empty(out.shape[0] // 2, out.shape[2], 2 * out.shape[1] * out.shape[3])

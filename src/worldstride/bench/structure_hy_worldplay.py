@@ -1,0 +1,122 @@
+"""HY-WorldPlay computed in the structure that upstream's code has: a baseline to measure against, never a way to play.
+
+The same weights and the same mathematics, but (specification, section 6, a to h): modulation for every token, rotary
+tables built on the host in every forward and sent to the device again in every block, camera matrices for every token,
+queries, keys and values projected apart, keys and values concatenated twice a block and step, both streams' context
+stored, the last block of the context pass computed in full, layer norms left in float32, torch's default attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldstride.attention import Attend
+from worldstride.attention.streams import KeysValues, Places
+from worldstride.models.hy_worldplay import places
+from worldstride.models.hy_worldplay.adapter import HYWorldPlay
+from worldstride.models.hy_worldplay.layers import merged, rms_norm
+from worldstride.models.hy_worldplay.model import Frames, HYNetwork, VideoBlock
+
+
+class UpstreamStructure(HYNetwork):
+    """A `HYNetwork` that shares another's weights; its contexts hold both streams' keys and values."""
+
+    def __init__(self, network: HYNetwork) -> None:
+        with torch.device("meta"):
+            super().__init__(network.config)
+        self.load_state_dict(network.state_dict(), assign=True)
+        self.requires_grad_(False)
+
+    def context(
+        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[KeysValues] = (),
+        where: Places | None = None,
+    ) -> list[KeysValues]:  # fmt: skip
+        """See `HYNetwork.context`; what is returned holds places and both streams."""
+        x, about = self._entered(frames)
+        written, tables = list[KeysValues](), self._tables(frames, 0)
+        tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
+        for block, words in zip(self._video_blocks(), text, strict=True):
+            x, own = _block(block, x, tokens, frames.at, tables, words, None)
+            written.append(own)
+        return written
+
+    def velocity(
+        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
+        attend: Attend,
+    ) -> Tensor:  # fmt: skip
+        """See `HYNetwork.velocity`."""
+        x, about = self._entered(frames)
+        tables = self._tables(frames, 0 if where is None else where.latents)
+        tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
+        past = context if where is not None else [None] * len(self.video)
+        for block, words, kept in zip(self._video_blocks(), text, past, strict=True):
+            x, _ = _block(block, x, tokens, frames.at, tables, words, kept)
+        return self._left(x, about, frames)
+
+    def _tables(self, frames: Frames, first: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables [N, head_dim] of the whole window up to these latents, on the host, and theirs cut out."""
+        c, (height, width) = self.config, frames.x.shape[3:]
+        count = first + frames.x.shape[1]
+        cos, sin = places.rotary_table(torch.arange(count), height, width, c.rope, c.theta)
+        cut = slice(first * height * width, None)
+        return cos[cut].repeat_interleave(2, -1), sin[cut].repeat_interleave(2, -1)
+
+
+def _block(
+    block: VideoBlock, x: Tensor, vec: Tensor, at: Places, tables: tuple[Tensor, Tensor], text: KeysValues,
+    context: KeysValues | None,
+) -> tuple[Tensor, KeysValues]:  # fmt: skip
+    """One block over tokens x [B, N, width], every token with an embedding of its own vec [B, N, width]."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(vec)).chunk(6, -1)
+    h = _normed(x, shift1, scale1)
+    heads, (weights, biases) = block.project.heads, (block.project.qkv.weight.chunk(3), block.project.qkv.bias.chunk(3))
+    q, k, v = (
+        F.linear(h, w, b).unflatten(-1, (heads, -1)).transpose(1, 2) for w, b in zip(weights, biases, strict=True)
+    )
+    q, k = rms_norm(q, block.project.q_scale), rms_norm(k, block.project.k_scale)
+    cos, sin = (table.to(x.device) for table in tables)  # pageable memory: the host waits
+    each = x.shape[1] // at.latents
+    project, unproject = (m.repeat_interleave(each, 1) for m in (at.project, at.unproject))  # [B, N, 4, 4]
+    queries = torch.cat([_turned(q, cos, sin), _mapped(q, project.mT)])
+    keys = torch.cat([_turned(k, cos, sin), _mapped(k, unproject)])
+    values = torch.cat([v, _mapped(v, unproject)])
+    own, seen = (keys, values), (keys, values)
+    if context is not None:
+        seen = tuple(torch.cat([past, new], 2) for past, new in zip(context, own, strict=True))
+    k_all, v_all = (
+        torch.cat([words.expand(len(queries), -1, -1, -1), new], 2) for words, new in zip(text, seen, strict=True)
+    )
+    turned, carried = F.scaled_dot_product_attention(queries, k_all, v_all).chunk(2)
+    first, second = block.out.weight.chunk(2, 1)
+    out = F.linear(merged(turned), first, block.out.bias) + F.linear(merged(_mapped(carried, project)), second)
+    x = x + gate1 * out
+    return x + gate2 * block.mlp(_normed(x, shift2, scale2)), own
+
+
+def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return (normed * (1 + scale) + shift).to(x.dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, N, E] turned by tables [N, E], in float32."""
+    wide = x.float()
+    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    return (wide * cos + torch.stack([-b, a], -1).flatten(-2) * sin).to(x.dtype)
+
+
+def _mapped(x: Tensor, matrices: Tensor) -> Tensor:
+    """Every four channels of x [B, heads, N, E] by their token's matrix [B, N, 4, 4], in float32."""
+    parts = x.float().unflatten(-1, (-1, 4))
+    return torch.einsum("bnij,bhnpj->bhnpi", matrices, parts).flatten(-2).to(x.dtype)
+
+
+class UpstreamWorldPlay(HYWorldPlay):
+    """The model in upstream's structure."""
+
+    def __init__(self, model: HYWorldPlay) -> None:
+        super().__init__(UpstreamStructure(model.network), model.decoder, model.storage, model.steps)
