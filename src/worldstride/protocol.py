@@ -275,6 +275,10 @@ class EncodesPrompt(Protocol):
         """What `Conditions.encoded` and `Recalled.prompt` hold; `InputError` on states that do not fit."""
         ...
 
+    def sample_prompt(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """States of a made-up prompt of usual length, which measure speed and say nothing."""
+        ...
+
 
 @runtime_checkable
 class BeginsWithImage(Protocol):

@@ -77,7 +77,9 @@ def every_key(
     parts = [tuple(t.expand(batch, -1, -1, -1) for t in text)]
     if context is not None and where is not None:
         parts.append(of_keys(*context, where))
-    keys, values = (torch.cat(of, 2) for of in zip(*parts, of_keys(*own, at), strict=True))
+    if own[0].shape[2]:
+        parts.append(of_keys(*own, at))
+    keys, values = (torch.cat(of, 2) for of in zip(*parts, strict=True))
     return keys, values
 
 

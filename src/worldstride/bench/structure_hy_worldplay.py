@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldstride.attention import Attend
+from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.models.hy_worldplay import places
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
@@ -46,9 +46,9 @@ class UpstreamStructure(HYNetwork):
 
     def velocity(
         self, frames: Frames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
-        attend: Attend,
+        attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
     ) -> Tensor:  # fmt: skip
-        """See `HYNetwork.velocity`."""
+        """See `HYNetwork.velocity`; nothing is captured, and nothing reused."""
         x, about = self._entered(frames)
         tables = self._tables(frames, 0 if where is None else where.latents)
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)

@@ -14,6 +14,7 @@ from worldstride.acceleration import resolve
 from worldstride.bench.environment import engine_facts, environment
 from worldstride.bench.results import write_json
 from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE, STAGES, measure, peak_memory, time_to_first_frame
+from worldstride.bench.walk import walked, ways
 from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, OptionalPath
 from worldstride.commands.table import table
 from worldstride.errors import InputError
@@ -23,8 +24,8 @@ from worldstride.errors import InputError
 class Bench:
     """Measure speed and memory. `compare` measures what an acceleration costs in quality."""
 
-    benchmark: Positional[Literal["rollout"]]
-    """What to measure: the interactive loop."""
+    benchmark: Positional[Literal["rollout", "walk"]]
+    """What to measure: the interactive loop, or one walk out and back, played wholly in each way."""
     model: ModelName
     """Name of the model."""
     chunks: int = 16
@@ -32,7 +33,7 @@ class Bench:
     warmup: int = 3
     """Chunks played before, not counted; 3 fill the context."""
     accelerations: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("off", "steps-4", "steps-2")
-    """Presets or .toml files, measured in turn in one run."""
+    """Presets or .toml files, measured in turn in one run; for a walk also `upstream`, the original's structure."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None
@@ -41,6 +42,8 @@ class Bench:
 
     def run(self, command: str) -> int:
         """Measure, print, and write."""
+        if self.benchmark == "walk":
+            return self._walk(command)
         settings = [resolve(name) for name in self.accelerations]
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads must be at least 1, got {self.threads}")
@@ -71,6 +74,58 @@ class Bench:
             "peak_memory_bytes": peak_memory(),
             "first_frame_seconds": time_to_first_frame(engine, self.engine.dtype, self.threads),
         }
+
+    def _walk(self, command: str) -> int:
+        engine = self.engine.load(self.model)
+        chosen, rows = ways(engine, self.accelerations), list[dict[str, Any]]()
+        with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
+            for way in chosen:
+                rows.append(walked(way, self.chunks, self.warmup, advance=bar.update))
+                bar.write(f"{way.name}: {rows[-1]['seconds']['total']:.2f} s")
+        parameters = sum(p.numel() * p.element_size() for p in _parameters(engine))
+        result = {
+            "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
+            "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "warmup": self.warmup,
+            "parameter_bytes": parameters, "rows": rows,
+        }  # fmt: skip
+        _print_walk(result)
+        if self.out is not None:
+            write_json(self.out, result)
+            print(f"\nall numbers: {self.out}")
+        return 0
+
+
+def _parameters(engine: Engine) -> list[torch.Tensor]:
+    """All weights that the engine's model and decoder hold."""
+    parts = (getattr(engine.model, "network", None), getattr(engine.model.decoder, "vae", None))
+    return [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
+
+
+def _print_walk(result: Mapping[str, Any]) -> None:
+    headers = [
+        "way",
+        "total s",
+        "x",
+        "p50 s",
+        "p95 s",
+        "last s",
+        *(f"{s} ms" for s in STAGES),
+        "evals",
+        "encoded",
+        "GiB",
+    ]
+    first, rows = result["rows"][0]["seconds"]["total"], []
+    for row in result["rows"]:
+        total, chunk = row["seconds"]["total"], row["chunk_seconds"]
+        times = [f"{row['stage_ms'][s]['p50']:.0f}" for s in STAGES]
+        peak = "-" if row["gpu_peak_bytes"] is None else f"{row['gpu_peak_bytes'] / 2**30:.1f}"
+        ends = [f"{row['evaluations_per_chunk']:.1f}", f"{row['encoded_latents']:.1f}", peak]
+        whole = [f"{chunk[q]:.2f}" for q in ("p50", "p95", "last")]
+        rows.append([row["name"], f"{total:.2f}", f"{first / total:.2f}", *whole, *times, *ends])
+    print(table(headers, rows))
+    print(f"\nweights {result['parameter_bytes'] / 2**30:.1f} GiB; stage times are medians over the walk's chunks")
+    if result["note"]:
+        print(result["note"])
 
 
 def _print(result: Mapping[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worldstride.attention import Attend
+from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
@@ -58,6 +58,10 @@ class HYContext:
     """[B, heads, N, head_dim], a pair a block."""
     where: Places | None
     """Places of the latents; None where there are none."""
+    apart: bool = False
+    """Whether evaluations keep attention to text and context apart, and capture it."""
+    reused: tuple[Partial, ...] = ()
+    """Attention to text and context that an earlier evaluation captured, a block each; taken in place of both."""
 
     @property
     def latents(self) -> int:
@@ -150,6 +154,14 @@ class HYWorldPlay:
         states = Prompt.masked(text, masks[0], glyphs, masks[1], vision)
         return HYPrompt(tuple(self.network.text(states, attend)), prompt.get("image"))
 
+    def sample_prompt(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """States of 200 tokens of text, no glyphs, and an image."""
+        c = self.config
+        return {
+            "text": torch.randn(1, 200, c.text, generator=generator),
+            "vision": torch.randn(1, 729, c.vision, generator=generator),
+        }
+
     def sample_points(self, generator: torch.Generator) -> Tensor:
         """Points in the view of a camera; 50 000 are drawn in a ball, and one in twenty is seen."""
         return visible(ball_points(EIGHT_B.points, EIGHT_B.radius, generator))
@@ -213,7 +225,19 @@ class HYWorldPlay:
         cos, sin = (t[held.latents : held.latents + x.shape[1]].flatten(0, 1) for t in self._tables)
         at = Places(cos, sin, inputs.project, inputs.unproject)
         frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), at)
-        return self.network.velocity(frames, inputs.text, held.keys_values, held.where, attend).float(), {}
+        outer = list[Partial]() if held.apart else None
+        made = self.network.velocity(
+            frames, inputs.text, held.keys_values, held.where, attend, outer, held.reused
+        )  # fmt: skip
+        return made.float(), {} if outer is None else {"outer": outer}
+
+    def apart(self, context: Context) -> HYContext:
+        """The same context; evaluations then keep attention to text and context apart, and capture it as "outer"."""
+        return replace(_own(context), apart=True, reused=())
+
+    def reuse(self, context: Context, captured: Mapping[str, Any]) -> HYContext:
+        """A context whose attention, and the text's, is what an evaluation captured; without any, itself."""
+        return replace(_own(context), apart=False, reused=tuple(captured.get("outer", ())))
 
     def context_flops(self, encoded: int, seen: float) -> float:
         """See `Costed.context_flops`; attention to text is left out."""

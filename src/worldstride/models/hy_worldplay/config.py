@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worldstride.errors import InputError, did_you_mean, integer_from
+from worldstride.errors import InputError, did_you_mean, integer_from, number_in
 
 _FIXED: dict[str, object] = {
     "patch_size": [1, 1, 1], "concat_condition": True, "mlp_act_type": "gelu_tanh", "mm_single_blocks_depth": 0,
@@ -51,12 +52,16 @@ class HYConfig:
     def __post_init__(self) -> None:
         for name in ("channels", "width", "heads", "depth", "hidden", "text", "glyphs", "vision"):
             integer_from(name, getattr(self, name), 1)
+        number_in("theta", self.theta, 0, math.inf, open_low=True)
         if self.width % self.heads or self.head_dim % 4:
             raise InputError(
                 f"heads must share the width in parts that 4 divides, got {self.width} for {self.heads} heads"
             )
-        if sum(self.rope) != self.head_dim or any(n < 0 or n % 2 for n in self.rope):
-            raise InputError(f"rope must be even channels that add up to {self.head_dim} a head, got {self.rope}")
+        whole = isinstance(self.rope, tuple) and all(isinstance(n, int) and n >= 0 and n % 2 == 0 for n in self.rope)
+        if not whole or len(self.rope) != 3 or sum(self.rope) != self.head_dim:
+            raise InputError(
+                f"rope must be three even numbers of channels that add up to {self.head_dim} a head, got {self.rope!r}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -78,10 +83,12 @@ class HYConfig:
         if entries["in_channels"] != entries["out_channels"]:
             both = f"{entries['in_channels']} and {entries['out_channels']}"
             raise InputError(f"in_channels and out_channels must be equal, got {both}")
-        width = entries["hidden_size"]
+        width, ratio, rope = (entries[name] for name in ("hidden_size", "mlp_width_ratio", "rope_dim_list"))
+        integer_from("hidden_size", width, 1)
+        number_in("mlp_width_ratio", ratio, 0, math.inf, open_low=True)
         return cls(
             channels=entries["in_channels"], width=width, heads=entries["heads_num"],
-            depth=entries["mm_double_blocks_depth"], hidden=int(width * entries["mlp_width_ratio"]),
-            rope=tuple(entries["rope_dim_list"]), theta=float(entries["rope_theta"]),
+            depth=entries["mm_double_blocks_depth"], hidden=int(width * ratio),
+            rope=tuple(rope) if isinstance(rope, list) else rope, theta=entries["rope_theta"],
             text=entries["text_states_dim"], vision=entries["vision_states_dim"],
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend, streams
+from worldstride.attention import Attend, Partial, merge, streams
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
@@ -116,14 +116,25 @@ class HYNetwork(nn.Module):
 
     def velocity(
         self, frames: Frames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
-        attend: Attend,
+        attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
     ) -> Tensor:  # fmt: skip
-        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context."""
+        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context.
+
+        A list given as `outer` is filled with every block's attention to text and context, which a later evaluation
+        takes as `reused` in place of both.
+        """
         x, about = self._entered(frames)
         past = context if where is not None else [None] * len(self.video)
-        for block, words, kept in zip(self.video, text, past, strict=True):
+        for i, (block, words, kept) in enumerate(zip(self.video, text, past, strict=True)):
             rows, (q, k, v) = self.begin(block, x, about)
-            x = self.end(block, x, _attended(q, (k, v), frames.at, words, kept, where, attend), rows)
+            if reused or outer is not None:
+                before = reused[i] if reused else _outside(q, (k, v), frames.at, words, kept, where, attend)
+                out = _merged(before, q, (k, v), frames.at, words, attend)
+                if outer is not None:
+                    outer.append(before)
+            else:
+                out = _attended(q, (k, v), frames.at, words, kept, where, attend)
+            x = self.end(block, x, out, rows)
         return self._left(x, about, frames)
 
     def joint(self, frames: Frames, prompt: Prompt, level: float, attend: Attend) -> Tensor:
@@ -175,3 +186,21 @@ def _attended(
     """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to text, context and themselves."""
     keys, values = streams.every_key(text, context, where, own, at)
     return streams.back(attend(streams.of_queries(q, at), keys, values), at)
+
+
+def _outside(
+    q: Tensor, own: KeysValues, at: Places, text: KeysValues, context: KeysValues | None, where: Places | None,
+    attend: Attend,
+) -> Partial:  # fmt: skip
+    """Attention of queries in both streams to text and context alone."""
+    none = own[0][:, :, :0], own[1][:, :, :0]
+    keys, values = streams.every_key(text, context, where, none, at)
+    return attend(streams.of_queries(q, at), keys, values, lse=True)
+
+
+def _merged(outside: Partial, q: Tensor, own: KeysValues, at: Places, text: KeysValues, attend: Attend) -> Tensor:
+    """Attention [B, N, 2 width] of queries to themselves, joined with what they or others gathered outside."""
+    none = text[0][:, :, :0], text[1][:, :, :0]
+    keys, values = streams.every_key(none, None, None, own, at)
+    inside = attend(streams.of_queries(q, at), keys, values, lse=True)
+    return streams.back(merge(outside, inside).out, at)

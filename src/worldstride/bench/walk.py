@@ -1,0 +1,104 @@
+"""One walk, out and back, played in several ways by one model in one run: half of it explores, half revisits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from worldstride import noise as noises
+from worldstride.acceleration import Acceleration, resolve
+from worldstride.bench.results import quantile
+from worldstride.bench.rollout import summary
+from worldstride.bench.structure_hy_worldplay import UpstreamWorldPlay
+from worldstride.control import Action
+from worldstride.engine import Engine
+from worldstride.errors import InputError
+from worldstride.models.hy_worldplay.adapter import HYWorldPlay
+from worldstride.protocol import BeginsWithImage, EncodesPrompt
+from worldstride.session import Session
+
+UPSTREAM = "upstream"
+"""The way that computes in the structure of the model's original code (`structure_hy_worldplay`)."""
+_AHEAD, _BACK = Action(frozenset({"KeyW"})), Action(frozenset({"KeyS"}))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the walk is played."""
+
+    name: str
+    engine: Engine
+    acceleration: Acceleration
+
+
+def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
+    """Ways by name: `UPSTREAM`, presets, or settings files. `InputError` on others, and on a model without upstream."""
+    found = list[Way]()
+    for name in names:
+        if name != UPSTREAM:
+            settings = resolve(name)
+            found.append(Way(settings.name, engine, settings))
+            continue
+        if not isinstance(engine.model, HYWorldPlay):
+            raise InputError(f"the structure of upstream is known of hy_worldplay alone, not of {engine.model.name!r}")
+        source, off = replace(engine.source, compiled=False), resolve("off")
+        other = Engine(UpstreamWorldPlay(engine.model), source, off, engine.controls, engine.attention)
+        found.append(Way(name, other, off))
+    return found
+
+
+def out_and_back(chunks: int) -> list[Action]:
+    """Actions of a walk: ahead, and the same way backwards."""
+    return [_AHEAD] * (chunks - chunks // 2) + [_BACK] * (chunks // 2)
+
+
+def begun(engine: Engine, seed: int) -> Session:
+    """A session in a world of the seed: a procedural one, or for models that begin with an image a grey image."""
+    model = engine.model
+    if not isinstance(model, BeginsWithImage):
+        return engine.new(seed)
+    frame = torch.full((1, *engine.frame_size, 3), 127, dtype=torch.uint8)
+    prompt = model.sample_prompt(noises.stream(seed, 0)) if isinstance(model, EncodesPrompt) else {}
+    return engine.open(frame, torch.eye(4)[None], prompt, seed)
+
+
+def walked(
+    way: Way, chunks: int, warmup: int, seed: int = 0, advance: Callable[[], object] = lambda: None
+) -> dict[str, object]:
+    """Play a whole walk of `chunks` chunks; `warmup` chunks of a walk of its own come first and do not count.
+
+    Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, TFLOP/s of
+    context and denoising, and a GPU's peak memory.
+    """
+    if chunks < 2 or warmup < 0:
+        raise InputError(
+            f"a walk out and back needs at least 2 chunks and a warm-up of 0 or more, got {chunks}, {warmup}"
+        )
+    for count in (warmup, chunks):
+        session, reports = begun(way.engine, seed), []
+        session.acceleration = way.acceleration
+        if way.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(way.engine.device)
+        for action in out_and_back(count):
+            reports.append(session.step(action).report)
+            advance()
+    whole = [r.seconds["total"] for r in reports]
+    made = summary(reports)
+    flops = [sum(r.flops.values()) for r in reports if r.flops]
+    gpu = way.engine.device.type == "cuda"
+    return {
+        "name": way.name, "acceleration": way.acceleration.to_json(), **made,
+        "chunk_seconds": {"p50": quantile(whole, 0.5), "p95": quantile(whole, 0.95), "last": whole[-1]},
+        "tflops": sum(flops) / made["seconds"]["core"] / 1e12 if flops else None,
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated(way.engine.device) if gpu else None,
+        "each": [
+            {
+                "context_latents": r.context_latents, "encoded_latents": r.encoded_latents,
+                "evaluations": sum(e.computed for e in r.evaluations), "seconds": r.seconds, "levers": r.levers,
+            }
+            for r in reports
+        ],
+    }  # fmt: skip
