@@ -276,7 +276,9 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     run = Denoising(model, noise, inputs, context, plans, attend, lambda i: batch.noise(i + 1))
     if run.looking:
         plans = _after_look(run, group)
-    committed = model.commit(run.run(), inputs[0])
+    committed, done = model.commit(run.run(), inputs[0]), run.done()
+    size, held = context.latents, context.bytes
+    del context, inputs, run  # gigabytes that decoding can use
     watch.mark()
     states = [p.state.decoder for p in group]
     frames, decoder = model.decoder.decode(
@@ -284,15 +286,15 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     )
     pictures = frames.cpu().numpy()
     watch.mark()
-    evaluations = run.evaluations()
+    evaluations = done.evaluations()
     sparsity = batch.sparsity(attend)
     share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in watch.seconds()), strict=True))
     computed = [sum(e.computed for e in made) for made in evaluations]
     parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]
     return [
         Made(
-            p, pictures[i], committed[i], {name: t[i : i + 1] for name, t in decoder.items()}, kept[i], context.latents,
-            context.bytes // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count, sparsity,
+            p, pictures[i], committed[i], {name: t[i : i + 1] for name, t in decoder.items()}, kept[i], size,
+            held // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count, sparsity,
         )
         for i, p in enumerate(group)
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 In the first, queries and keys turn with their place in the window (rotary angles, Su et al., 2021). In the second they
 are carried into a frame common to all cameras by the projection matrix P of their own camera (PRoPE, Li et al., 2025,
 arXiv 2507.10496): P^T q, P^-1 k and P^-1 v, and P maps the result back, so that only relative projections count.
+That holds among tokens that have places; text has none, so where the origin lies matters to what is made of text.
 
 Both are stacked on the batch. Written out in torch; on a GPU with Triton one kernel does it in one pass.
 """

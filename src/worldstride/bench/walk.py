@@ -73,9 +73,7 @@ def walked(
     context and denoising, and a GPU's peak memory.
     """
     if chunks < 2 or warmup < 0:
-        raise InputError(
-            f"a walk out and back needs at least 2 chunks and a warm-up of 0 or more, got {chunks}, {warmup}"
-        )
+        raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
     for count in (warmup, chunks):
         session, reports = begun(way.engine, seed), []
         session.acceleration = way.acceleration

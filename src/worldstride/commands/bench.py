@@ -17,6 +17,7 @@ from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE, STAGES, measure, peak
 from worldstride.bench.walk import walked, ways
 from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, OptionalPath
 from worldstride.commands.table import table
+from worldstride.engine import Engine
 from worldstride.errors import InputError
 
 

@@ -190,13 +190,12 @@ class Denoising:
         self._tracks = tracks
 
     def evaluations(self) -> list[tuple[Evaluation, ...]]:
-        """What was evaluated so far for each world; waits for a GPU to have done it."""
-        out = dict[int, tuple[Evaluation, ...]]()
-        seconds = [time / max(count, 1) for time, count in zip(self._watch.seconds(), self._shares, strict=True)]
-        for t in self._tracks:
-            made = tuple(replace(e, seconds=seconds[at]) if e.computed else e for e, at in t.done)
-            out |= dict.fromkeys(t.rows, made)
-        return [out[row] for row in sorted(out)]
+        """See `Done.evaluations`."""
+        return self.done().evaluations()
+
+    def done(self) -> Done:
+        """What was evaluated so far, without the inputs and the context that it was evaluated with."""
+        return Done(self._watch, tuple(self._shares), tuple((tuple(t.rows), tuple(t.done)) for t in self._tracks))
 
     def _check_parts(self, parts: int) -> None:
         if parts > 1 and not isinstance(self.model, Narrows):
@@ -291,6 +290,26 @@ class Denoising:
             x = moved if whole else x.index_copy(0, on_device(t.rows, x.device), moved)
             t.velocity, t.step = None, t.step + 1
         self.x = self.model.clamp(x, self.inputs[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What was evaluated for each world; whoever keeps this alone lets go of gigabytes."""
+
+    watch: Stopwatch
+    shares: tuple[int, ...]
+    """Worlds that were evaluated in each stretch of time."""
+    tracks: tuple[tuple[tuple[int, ...], tuple[tuple[Evaluation, int], ...]], ...]
+    """Worlds with one plan, and what was evaluated for them, in which stretch."""
+
+    def evaluations(self) -> list[tuple[Evaluation, ...]]:
+        """What was evaluated for each world; waits for a GPU to have done it."""
+        out = dict[int, tuple[Evaluation, ...]]()
+        seconds = [time / max(count, 1) for time, count in zip(self.watch.seconds(), self.shares, strict=True)]
+        for rows, done in self.tracks:
+            made = tuple(replace(e, seconds=seconds[at]) if e.computed else e for e, at in done)
+            out |= dict.fromkeys(rows, made)
+        return [out[row] for row in sorted(out)]
 
 
 def _by_plan(plans: Sequence[tuple[int, DenoisePlan]]) -> list[tuple[list[int], DenoisePlan]]:

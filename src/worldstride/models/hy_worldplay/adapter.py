@@ -86,7 +86,10 @@ class HYInputs:
 
 
 class HYWorldPlay:
-    """`WorldModel` of the autoregressive models, distilled to a few steps."""
+    """`WorldModel` of the autoregressive models, distilled to a few steps.
+
+    Its text has no place, so worlds had best begin near the origin, looking ahead, as those it was trained on do.
+    """
 
     name = "hy_worldplay"
 
@@ -105,11 +108,11 @@ class HYWorldPlay:
         self.storage, self.steps = storage, steps
         weight = network.enter.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.token_grid = (decoder.size[0] // 16, decoder.size[1] // 16)
-        self.latent_shape = (self.config.channels, *self.token_grid)
+        self.grid = (decoder.size[0] // 16, decoder.size[1] // 16)
+        self.latent_shape = (self.config.channels, *self.grid)
         self.intrinsics = poses.intrinsics().float()
         ranks = torch.arange(RANKS, device=self.device)
-        tokens = rotary_table(ranks, *self.token_grid, self.config.rope, self.config.theta)
+        tokens = rotary_table(ranks, *self.grid, self.config.rope, self.config.theta)
         self._tables = tuple(t.unflatten(0, (RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
 
     def compile_passes(self) -> None:
@@ -117,12 +120,10 @@ class HYWorldPlay:
         self.network.compile_passes()
 
     def chunk(self, k: int) -> ChunkShape:
-        """4 latents; 13 frames in the first chunk and 16 in others; the whole past up to 20 latents, then 12 of them,
-        the first clip and one that is retrieved."""
+        """4 latents: 13 frames in the first chunk, 16 in others. The context is the whole past up to 20 latents, then
+        the first clip, one that is retrieved, and the last 12 latents."""
         frames, last = (13, (0, 4, 8, 12)) if k == 0 else (16, None)
-        if NEW * k <= WINDOW + MEMORY + SINK:
-            return ChunkShape(NEW, frames, window=WINDOW + MEMORY + SINK, clip=NEW, last_frames=last)
-        return ChunkShape(NEW, frames, window=WINDOW, memory=MEMORY, sink=SINK, clip=NEW)
+        return ChunkShape(NEW, frames, window=WINDOW, memory=MEMORY, sink=SINK, clip=NEW, last_frames=last)
 
     def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
         """Euler on a schedule shifted by 5."""
@@ -257,7 +258,7 @@ class HYWorldPlay:
 
     @property
     def _tokens(self) -> int:
-        return self.token_grid[0] * self.token_grid[1]
+        return self.grid[0] * self.grid[1]
 
     def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[KeysValues, ...]]:
         """Remembered latents as the network takes them, and the text that they see."""
@@ -284,7 +285,7 @@ class HYWorldPlay:
 
     def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
         """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
-        shape = (batch, len(numbers), self.config.channels + 1, *self.token_grid)
+        shape = (batch, len(numbers), self.config.channels + 1, *self.grid)
         planes = torch.zeros(shape, device=self.device, dtype=self.dtype)
         if prompt.image is not None:
             for i, number in enumerate(numbers):

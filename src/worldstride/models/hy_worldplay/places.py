@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from worldstride import camera, rope
-from worldstride.attention.streams import Places, back, carry, of_keys, of_queries, turn  # noqa: F401
 
 
 def rotary_table(
