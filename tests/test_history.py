@@ -101,6 +101,21 @@ def test_the_least_telling_latent_goes_first():
     assert indices(history) == [0, 1, 2, 4, 5, 6]
 
 
+def test_where_latents_come_back_in_clips_a_whole_clip_goes():
+    # clips of 4: places 0 (the sink), 10, 11, 30, 40, 50, 60; the nearest to its neighbours is the one at 11
+    history = History(limit=24, hot=8, sink=4, clip=4)
+    at = [10.0 * p + 0.1 * i for p in (0, 1, 1.1, 3, 4, 5) for i in range(4)]
+    fill(history, poses(*at), 4)
+    assert indices(history) == list(range(24))
+    fill(history, poses(*(60 + 0.1 * i for i in range(4))), 4)
+    gone = [4, 5, 6, 7] if indices(history)[4] == 8 else [8, 9, 10, 11]
+    assert indices(history) == [i for i in range(28) if i not in gone]
+    assert gone == [4, 5, 6, 7]  # 10 to both neighbours 0 and 11 is less than 1 and 19 of the other
+    assert (history.fork().clip, history.replaced(torch.zeros(4, 1)).clip) == (4, 4)
+    with pytest.raises(InputError, match=r"at least hot \+ sink \+ 8 = 20, got 19"):
+        History(limit=19, hot=8, sink=4, clip=4)
+
+
 def test_turning_on_the_spot_is_telling_too():
     yaw = torch.tensor([0.0, 2.0, -2.0, 0.0, 0.0, 0.0, 0.0])
     turning = camera_from_pose(torch.stack([torch.zeros(7), torch.zeros(7), yaw, torch.zeros(7)], -1))

@@ -152,7 +152,7 @@ class Engine:
             drawn = noises.stream(seed, _POINTS)
             points = model.sample_points(drawn) if isinstance(model, Recalls) else frustum_points(drawn)
         noise_seed = seed if noise_seed is None else noise_seed
-        history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink))
+        history = History(hot=max(32, shape.window + shape.clean + 1), sink=max(4, shape.sink), clip=shape.clip)
         if isinstance(model, BeginsWithImage):
             with torch.inference_mode():
                 prompt = {**prompt, **model.image_prompt(frames[None])}

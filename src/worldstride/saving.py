@@ -54,7 +54,7 @@ def save_session(
         "world": state.world,
         "policy": asdict(state.policy),
         "kept": {"numbers": list(state.kept.records), "age": state.kept.age, "sees": state.kept.sees},
-        "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink},
+        "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink, "clip": history.clip},
         "indices": [e.index for e in entries],
         "actions": [e.led.to_json() if isinstance(e.led, Action) else e.led for e in entries],
     }
@@ -127,7 +127,7 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
     return SessionState(
         noise_seed=int(header["noise_seed"]),
         points=tensors["points"],
-        history=History(int(bank["limit"]), int(bank["hot"]), int(bank["sink"]), entries),
+        history=History(int(bank["limit"]), int(bank["hot"]), int(bank["sink"]), entries, int(bank.get("clip", 1))),
         camera=tensors["camera"],
         chunk=int(header["chunk"]),
         frame=int(header["frame"]),

@@ -213,8 +213,11 @@ class Session:
         pictures = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
         if len(pictures) != shape.frames:
             raise InputError(f"chunk {state.chunk - 1} has {shape.frames} frames, got {len(pictures)}")
-        with torch.inference_mode():
-            latents = model.decoder.encode(pictures[None])[0]
+        try:
+            with torch.inference_mode():
+                latents = model.decoder.encode(pictures[None])[0]
+        except InputError as error:
+            raise InputError(f"frames of chunk {state.chunk - 1} cannot be encoded apart: {error}") from error
         if len(latents) != shape.new:
             raise InputError(f"{len(pictures)} frames encode to {len(latents)} latents, the chunk has {shape.new}")
         self._state = replace(state, history=state.history.replaced(latents))

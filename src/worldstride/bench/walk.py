@@ -7,17 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from worldstride import noise as noises
 from worldstride.acceleration import Acceleration, resolve
 from worldstride.bench.results import quantile
-from worldstride.bench.rollout import summary
+from worldstride.bench.rollout import begun, summary
 from worldstride.bench.structure_hy_worldplay import UpstreamWorldPlay
 from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
-from worldstride.protocol import BeginsWithImage, EncodesPrompt
-from worldstride.session import Session
 
 UPSTREAM = "upstream"
 """The way that computes in the structure of the model's original code (`structure_hy_worldplay`)."""
@@ -52,16 +49,6 @@ def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
 def out_and_back(chunks: int) -> list[Action]:
     """Actions of a walk: ahead, and the same way backwards."""
     return [_AHEAD] * (chunks - chunks // 2) + [_BACK] * (chunks // 2)
-
-
-def begun(engine: Engine, seed: int) -> Session:
-    """A session in a world of the seed: a procedural one, or for models that begin with an image a grey image."""
-    model = engine.model
-    if not isinstance(model, BeginsWithImage):
-        return engine.new(seed)
-    frame = torch.full((1, *engine.frame_size, 3), 127, dtype=torch.uint8)
-    prompt = model.sample_prompt(noises.stream(seed, 0)) if isinstance(model, EncodesPrompt) else {}
-    return engine.open(frame, torch.eye(4)[None], prompt, seed)
 
 
 def walked(

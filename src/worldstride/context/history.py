@@ -33,14 +33,17 @@ class History:
     """Append-only for the caller; entries are immutable, so that forks share them.
 
     At most `limit` latents are kept: beyond that, among all but the first `sink` and the newest `hot`, the latent
-    whose neighbours in time lie nearest is let go, so that key frames of every place stay. Latents older than the
-    newest `hot` are moved to the host.
+    whose neighbours in time lie nearest is let go, so that key frames of every place stay; where latents are brought
+    back in clips, a whole clip goes. Latents older than the newest `hot` are moved to the host.
     """
 
-    def __init__(self, limit: int = 4096, hot: int = 32, sink: int = 4, entries: tuple[Remembered, ...] = ()) -> None:
-        if limit < hot + sink + 2:
-            raise InputError(f"history limit must be at least hot + sink + 2 = {hot + sink + 2}, got {limit}")
-        self.limit, self.hot, self.sink = limit, hot, sink
+    def __init__(
+        self, limit: int = 4096, hot: int = 32, sink: int = 4, entries: tuple[Remembered, ...] = (), clip: int = 1
+    ) -> None:
+        least = hot + sink + 2 * clip
+        if limit < least:
+            raise InputError(f"history limit must be at least hot + sink + {2 * clip} = {least}, got {limit}")
+        self.limit, self.hot, self.sink, self.clip = limit, hot, sink, clip
         self._entries = list(entries)
         self._total = entries[-1].index + 1 if entries else 0
 
@@ -64,7 +67,7 @@ class History:
 
     def fork(self) -> History:
         """An independent history with the same entries."""
-        return History(self.limit, self.hot, self.sink, self.entries)
+        return History(self.limit, self.hot, self.sink, self.entries, self.clip)
 
     def append(self, latents: Tensor, cameras: Tensor, led: tuple[Led, ...]) -> None:
         """Add latents [T, ...] with cameras [T, 4, 4]."""
@@ -77,7 +80,8 @@ class History:
             if entry.latent.device.type != "cpu":
                 self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.led)
         while len(self._entries) > self.limit:
-            del self._entries[self._least_telling()]
+            first = self._least_telling()
+            del self._entries[first : first + self.clip]
 
     def replaced(self, latents: Tensor) -> History:
         """A history whose newest latents are these [T, ...]; cameras and what led to them stay."""
@@ -85,14 +89,16 @@ class History:
             Remembered(e.index, latent.clone(), e.camera, e.led)
             for e, latent in zip(self._entries[-len(latents) :], latents, strict=True)
         ]
-        return History(self.limit, self.hot, self.sink, (*self._entries[: -len(latents)], *newest))
+        return History(self.limit, self.hot, self.sink, (*self._entries[: -len(latents)], *newest), self.clip)
 
     def _least_telling(self) -> int:
-        stop = len(self._entries) - self.hot + 1
-        poses = torch.stack([e.camera for e in self._entries[self.sink - 1 if self.sink else 0 : stop]])
+        """Place of the clip to let go: its first latent stands for it."""
+        clip, begin = self.clip, self.sink or self.clip
+        stop = len(self._entries) - self.hot
+        poses = torch.stack([e.camera for e in self._entries[begin - clip : stop + 1 : clip]])
         gap = camera_distance(poses[:-1], poses[1:])
-        detour = gap[:-1] + gap[1:]  # of entry i + 1 from both neighbours
-        return int(detour.argmin()) + (self.sink if self.sink else 1)
+        detour = gap[:-1] + gap[1:]  # of clip i + 1 from both neighbours
+        return int(detour.argmin()) * clip + begin
 
     def cameras(self, rows: slice | list[int] = slice(None)) -> Tensor:
         """Cameras [N, 4, 4] of kept entries, by place in the bank."""
