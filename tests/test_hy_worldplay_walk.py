@@ -74,6 +74,26 @@ def test_compiled_blocks_give_the_same():
     torch.compiler.reset()
 
 
+def test_a_warmed_up_engine_compiles_nothing_more():
+    made = model()
+    made.network = UpstreamStructure(network())
+    made.network.__class__ = HYNetwork
+    made.compile_passes()
+    played = engine(made)
+    kept = resolve(ROOT / "benchmarks/levers/hy-incremental.toml")
+    # contexts of 0, 4, ... 20 latents, twice more the same
+    assert played.warm_up([Acceleration(), kept]) == 8 + 8
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for settings in (Acceleration(), kept):
+        session = played.sample(seed=4)
+        session.acceleration = settings
+        for action in out_and_back(9):
+            session.step(action)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch.compiler.reset()
+
+
 def test_reuse_is_reported_and_costs_less():
     session, plain = (begun(engine(model())) for _ in range(2))
     session.acceleration = Acceleration("reuse", attention=AttentionReuse(2))

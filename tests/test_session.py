@@ -453,3 +453,13 @@ def test_every_family_walks(tiny_engine: Engine, family: str, tmp_path: Path):
     session.step(FORWARD)
     session.save(tmp_path / "a.world")
     assert same(session.step(FORWARD), worldstride.open(tmp_path / "a.world", engine=tiny_engine).step(FORWARD))
+
+
+def test_warming_up_plays_until_the_context_is_full(tiny_engine: Engine):
+    before = tiny_engine.new(seed=3).step().frames
+    # 8 recent frames are given; 8 more are remembered after two chunks of 4
+    assert tiny_engine.warm_up() == tiny_engine.warm_up(["off"]) < 12
+    assert tiny_engine.warm_up(["off", "fast"], limit=3) == 6
+    assert np.array_equal(tiny_engine.new(seed=3).step().frames, before)
+    with pytest.raises(InputError, match="limit must be an integer of at least 1, got 0"):
+        tiny_engine.warm_up(limit=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -23,10 +23,10 @@ from worldstride.camera import camera_from_pose, check_cameras
 from worldstride.context.history import History
 from worldstride.context.retrieval import frustum_points
 from worldstride.control import ControlSettings
-from worldstride.errors import InputError
+from worldstride.errors import InputError, integer_from
 from worldstride.models.registry import find
 from worldstride.navigation import FreeNavigator, Navigator, SceneNavigator
-from worldstride.protocol import BeginsWithImage, Compilable, Recalls, WorldModel
+from worldstride.protocol import BeginsWithImage, Compilable, EncodesPrompt, Recalls, WorldModel
 from worldstride.session import Session, SessionState
 
 Weights = Literal["pretrained", "random"]
@@ -137,6 +137,37 @@ class Engine:
             )
         return self._begin(pictures, poses, seed, noise_seed, dict(prompt or {}), points, FreeNavigator(self.controls))
 
+    def sample(self, seed: int = 0) -> Session:
+        """A session in a made-up world: a procedural one, or from a grey image with made-up prompt states.
+
+        For warming up and for measuring speed; what a model makes of it says nothing.
+        """
+        model = self.model
+        if not isinstance(model, BeginsWithImage):
+            return self.new(seed)
+        frame = torch.full((1, *self.frame_size, 3), 127, dtype=torch.uint8)
+        prompt = model.sample_prompt(noises.stream(seed, _PROMPT)) if isinstance(model, EncodesPrompt) else {}
+        return self.open(frame, torch.eye(4)[None], prompt, seed)
+
+    def warm_up(self, accelerations: Sequence[Acceleration | str | Path] = ("off",), limit: int = 64) -> int:
+        """Play a made-up world in each way until its context is as long as it gets; the chunks that took.
+
+        Whatever is compiled, measured or planned when it is first met has then been met: a world that is played
+        afterwards does not wait for it. `limit` bounds the chunks of a world.
+        """
+        integer_from("limit", limit, 1)
+        played = 0
+        for settings in accelerations:
+            session, sizes = self.sample(), list[tuple[int, int]]()
+            session.acceleration = settings
+            # a few of one size: what is kept from chunk to chunk has then come round
+            while len(sizes) < limit and (len(sizes) < _SETTLED or len({*sizes[-_SETTLED:]}) > 1):
+                report = session.step().report
+                sizes.append((report.context_latents, report.encoded_latents))
+            played += len(sizes)
+        self.wait()
+        return played
+
     def _begin(
         self, frames: Tensor, cameras: Tensor, seed: int, noise_seed: int | None, prompt: dict[str, Tensor],
         points: Tensor | None, navigator: Navigator,
@@ -178,8 +209,10 @@ class Engine:
         return Session(self, state, navigator, self.acceleration)
 
 
-_POINTS, _WALK = -1, -2
+_POINTS, _WALK, _PROMPT = -1, -2, -3
 """Streams of a session's seed; those of noise are numbered by chunk, from 0."""
+_SETTLED = 3
+"""Chunks of one size after which a world is taken to have grown up."""
 
 
 def _check_points(points: Tensor, in_front: bool) -> Tensor:

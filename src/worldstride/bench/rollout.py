@@ -11,15 +11,12 @@ from typing import TypedDict
 
 import torch
 
-from worldstride import noise as noises
 from worldstride.acceleration import Acceleration
 from worldstride.bench.results import quantile
 from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError, WorldstrideError
-from worldstride.protocol import BeginsWithImage, EncodesPrompt
 from worldstride.report import ChunkReport, densities
-from worldstride.session import Session
 
 STAGES = ("control", "select", "fetch", "context", "denoise", "core", "decode", "total")
 """Stages of a step, as a chunk's report times them; "core" is context and denoising together."""
@@ -38,26 +35,12 @@ dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
 place, compiled = options["device"], options["compile"]
 engine = worldstride.load(options["model"], options["path"], options["weights"], place, dtype=dtype, compile=compiled)
 loaded = time.perf_counter()
-if options["image"]:
-    from worldstride.bench.rollout import begun
-    session = begun(engine, 0)
-else:
-    session = engine.new(seed=0)
+session = engine.sample(seed=0)
 session.step()
 engine.wait()
 done = time.perf_counter()
 print(json.dumps({"import": imported - begin, "load": loaded - imported, "new_and_step": done - loaded}))
 """
-
-
-def begun(engine: Engine, seed: int) -> Session:
-    """A session in a world of the seed: a procedural one, or for models that begin with an image a grey image."""
-    model = engine.model
-    if not isinstance(model, BeginsWithImage):
-        return engine.new(seed)
-    frame = torch.full((1, *engine.frame_size, 3), 127, dtype=torch.uint8)
-    prompt = model.sample_prompt(noises.stream(seed, 0)) if isinstance(model, EncodesPrompt) else {}
-    return engine.open(frame, torch.eye(4)[None], prompt, seed)
 
 
 def measure(
@@ -72,7 +55,7 @@ def measure(
     if chunks < 1 or warmup < 0 or not accelerations:
         got = f"{chunks}, {warmup} and {len(accelerations)}"
         raise InputError(f"a benchmark needs chunks >= 1, warmup >= 0 and at least one acceleration, got {got}")
-    sessions = [begun(engine, seed) for _ in accelerations]
+    sessions = [engine.sample(seed) for _ in accelerations]
     for session, settings in zip(sessions, accelerations, strict=True):
         session.acceleration = settings
     reports: list[list[ChunkReport]] = [[] for _ in sessions]
@@ -168,7 +151,6 @@ def time_to_first_frame(engine: Engine, dtype: str | None, threads: int | None) 
     options = {
         "model": source.model, "path": source.path, "weights": source.weights, "device": str(engine.device),
         "dtype": dtype, "threads": threads, "compile": source.compiled,
-        "image": isinstance(engine.model, BeginsWithImage),
     }  # fmt: skip
     begin = time.perf_counter()
     child = subprocess.run(

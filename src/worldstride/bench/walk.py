@@ -9,7 +9,7 @@ import torch
 
 from worldstride.acceleration import Acceleration, resolve
 from worldstride.bench.results import quantile
-from worldstride.bench.rollout import begun, summary
+from worldstride.bench.rollout import summary
 from worldstride.bench.structure_hy_worldplay import UpstreamWorldPlay
 from worldstride.control import Action
 from worldstride.engine import Engine
@@ -62,7 +62,7 @@ def walked(
     if chunks < 2 or warmup < 0:
         raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
     for count in (warmup, chunks):
-        session, reports = begun(way.engine, seed), []
+        session, reports = way.engine.sample(seed), []
         session.acceleration = way.acceleration
         if way.engine.device.type == "cuda":
             torch.cuda.empty_cache()
