@@ -163,3 +163,22 @@ def test_check_cameras_names_the_frame_and_the_cause():
     for bad, frame in ((scaled, 1), (mirrored, 3), (projective, 0)):
         with pytest.raises(InputError, match=rf"cameras\[{frame}\] is no rigid"):
             cam.check_cameras(bad)
+
+
+def test_between_two_cameras_lie_even_steps():
+    start = cam.camera_from_pose(torch.tensor([1.0, 2.0, 0.3, 0.1]))
+    end = cam.camera_from_pose(torch.tensor([4.0, 6.0, 1.5, -0.2]))
+    path = cam.between(start, end, 4)
+    assert torch.equal(path[-1], end)
+    cam.check_cameras(path)
+    whole = torch.cat([start[None], path])
+    assert torch.allclose(whole[:, :3, 3].diff(dim=0), (end - start)[:3, 3].expand(4, 3) / 4, atol=1e-5)
+    turns = whole[:-1, :3, :3].mT @ whole[1:, :3, :3]  # the same turn about the same axis, four times
+    assert torch.allclose(turns, turns[:1].expand_as(turns), atol=1e-5)
+    assert not torch.allclose(turns[0], torch.eye(3), atol=1e-2)
+    same = cam.between(start, start, 3)
+    assert torch.allclose(same, start.expand(3, 4, 4), atol=1e-6)
+    back = cam.camera_from_pose(torch.tensor([0.0, 0.0, math.pi, 0.0]))
+    cam.check_cameras(cam.between(torch.eye(4), back, 5))
+    half = cam.between(torch.eye(4), back, 2)[0, :3, 2]
+    assert abs(float(half[2])) < 1e-5  # half way round it looks to the side, or up or down

@@ -23,10 +23,13 @@ from worldstride.context.policy import PoseView, SpatialMemory, TemporalWindow
 from worldstride.errors import ContractError, InputError
 from worldstride.models.hy_worldplay.adapter import HYInputs, HYPrompt, HYWorldPlay
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.labels import labels
+from worldstride.models.hy_worldplay.poses import parse_poses
 from worldstride.models.hy_worldplay.retrieval import select
 from worldstride.protocol import Conditions
 from worldstride.session import step_together
 from worldstride.testing import check_model
+from worldstride.trajectory import Trajectory, parse_trajectory
 
 FORWARD, BACK, RIGHT, LEFT = (Action({key}) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
 WALK = (FORWARD, FORWARD, RIGHT, RIGHT, FORWARD, LEFT, LEFT, BACK)
@@ -350,3 +353,17 @@ def test_points_and_seeds_fix_a_world(small: Engine):
     assert 2000 < len(points) < 3000  # of 50 000, those that a camera sees
     with pytest.raises(InputError, match=r"points must have shape \[P, 3\], got \[5, 2\]"):
         small.open(np.zeros((1, 32, 48, 3), np.uint8), np.eye(4)[None], golden().prompt, points=torch.zeros(5, 2))
+
+
+def test_a_pose_string_is_played_latent_by_latent():
+    text = "w-4,right-3,left-1,s-3"
+    poses = parse_poses(text)
+    for trajectory in (parse_trajectory(text), Trajectory(cameras=poses.cameras.float())):
+        session = begin(engine())
+        frames = [chunk.cameras for chunk in session.play(trajectory, per="latent")]
+        assert [len(f) for f in frames] == [13, 16, 16]
+        cameras = torch.stack([e.camera for e in session.history.entries])
+        assert torch.allclose(cameras, poses.cameras.float(), atol=1e-5)
+        assert [e.led for e in session.history.entries] == [-1, *labels(poses.cameras)[1:].tolist()]
+    with pytest.raises(InputError, match="per must be frame or latent, got 'chunk'"):
+        next(begin(engine()).play(parse_trajectory("w-4"), per="chunk"))  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "worlds": {"camera", "errors"},
     "trajectory": {"atomic", "camera", "control", "errors"},
     "navigation": {"camera", "control", "worlds"},
+    "playing": {"camera", "control", "errors", "protocol", "trajectory"},
     "protocol": {"attention", "camera", "control", "errors"},
     "models": PRIMITIVES | {"control", "protocol", "denoising.schedule"},
     "context": POLICIES,

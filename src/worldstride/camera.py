@@ -69,6 +69,33 @@ def relative(cameras: Tensor, reference: Tensor) -> Tensor:
     return invert(reference) @ cameras
 
 
+def between(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Cameras [steps, 4, 4] on the way from start to end [4, 4], evenly spaced, the last one `end` itself.
+
+    The eye moves straight, the view turns about one axis; by half a turn any axis would do, and one is taken.
+    """
+    turn = (start[:3, :3].mT @ end[:3, :3]).double()
+    axis = torch.stack([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]]) / 2
+    angle = torch.atan2(axis.norm(), (turn.diagonal().sum() - 1) / 2)
+    if float(axis.norm()) < 1e-9 and float(angle) > 1:  # half a turn: the axis is what stays where it is
+        still = turn + torch.eye(3, dtype=turn.dtype, device=turn.device)
+        axis = still[:, int(still.diagonal().argmax())]
+    axis = axis / axis.norm().clamp_min(1e-30)
+    x, y, z = axis.unbind()
+    o = torch.zeros_like(x)
+    cross = torch.stack([o, -z, y, z, o, -x, -y, x, o]).view(3, 3)
+    made = start[None].repeat(steps, 1, 1)
+    for i in range(steps):
+        share = (i + 1) / steps
+        part = angle * share
+        spin = torch.eye(3, dtype=turn.dtype, device=turn.device) + part.sin() * cross
+        spin = spin + (1 - part.cos()) * (cross @ cross)  # Rodrigues' formula
+        made[i, :3, :3] = start[:3, :3] @ spin.to(start)
+        made[i, :3, 3] = torch.lerp(start[:3, 3], end[:3, 3], share)
+    made[-1] = end
+    return made
+
+
 def rays(cameras: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
     """Unit ray directions in the world [..., height, width, 3] through cell centres of an image grid."""
     v = (torch.arange(height, device=cameras.device, dtype=cameras.dtype) + 0.5) / height

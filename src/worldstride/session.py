@@ -24,6 +24,7 @@ from worldstride.denoising.policy import plan_denoising
 from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.errors import InputError, integer_from
 from worldstride.navigation import Navigator
+from worldstride.playing import Per, part_of
 from worldstride.protocol import ChunkShape, EncodesPrompt, KeepsLatents, LabelsMotion, Led, Recalls
 from worldstride.report import ChunkReport
 from worldstride.stepping import Made, Pending, carry_out, grouped
@@ -222,24 +223,21 @@ class Session:
             raise InputError(f"{len(pictures)} frames encode to {len(latents)} latents, the chunk has {shape.new}")
         self._state = replace(state, history=state.history.replaced(latents))
 
-    def play(self, trajectory: Trajectory) -> Iterator[Chunk]:
+    def play(self, trajectory: Trajectory, per: Per = "frame") -> Iterator[Chunk]:
         """Step along a trajectory; a last part shorter than a chunk is filled up by standing still.
 
         A trajectory's intrinsics become the session's with its first chunk; a model that was made for others raises
-        `InputError`.
+        `InputError`. Its entries are frames, or latents where a latent is several frames (as pose strings and files of
+        HY-WorldPlay count): an action is then held that long, and cameras in between are on the way.
         """
         given = trajectory.intrinsics
-        intrinsics, done = self._state.intrinsics if given is None else _one_intrinsics(given), 0
-        while done < len(trajectory):
-            count = self.engine.model.chunk(self._state.chunk).frames
-            if trajectory.cameras is not None:
-                part = trajectory.cameras[done : done + count]
-                missing = count - len(part)
-                yield self._step(None, torch.cat([part, part[-1:].expand(missing, -1, -1)]), None, intrinsics)
-            else:
-                moves = (trajectory.actions or ())[done : done + count]
-                yield self._step((*moves, *(Action(),) * (count - len(moves))), None, None, intrinsics)
-            done += count
+        intrinsics = self._state.intrinsics if given is None else _one_intrinsics(given)
+        done, length = 0, len(trajectory)
+        while done < length:
+            shape, fresh = self.engine.model.chunk(self._state.chunk), not self._state.frame
+            taken, actions, cameras = part_of(trajectory, done, shape, per, self._state.camera, fresh)
+            yield self._step(actions, cameras, None, intrinsics)
+            done += taken
 
     def fork(self, noise_seed: int | None = None) -> Session:
         """An independent session that goes on from here; with another noise seed it dreams something else."""
