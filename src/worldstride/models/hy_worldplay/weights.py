@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldstride.errors import CheckpointError
 from worldstride.models.hy_worldplay.config import HYConfig
@@ -94,14 +94,20 @@ def build(
     """
     with torch.device("meta"):
         network = HYNetwork(config).requires_grad_(False)
-    table = sources(config)
+    what = f"HY-WorldPlay transformer of {config.depth} blocks"
+    fill(network, sources(config), tensors, origin, what, device, dtype)
+    return network
+
+
+def fill(
+    network: nn.Module, table: Mapping[str, Source], tensors: Mapping[str, Tensor], origin: str, what: str,
+    device: torch.device | None, dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Give every tensor of a network that is `what` its published weights; see `build`."""
     wanted = {name for source in table.values() for name in source.names}
     missing, foreign = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or foreign:
-        raise CheckpointError(
-            f"{origin} is no HY-WorldPlay transformer of {config.depth} blocks: {_listed(missing)} missing, "
-            f"{_listed(foreign)} unknown"
-        )
+        raise CheckpointError(f"{origin} is no {what}: {_listed(missing)} missing, {_listed(foreign)} unknown")
     made, wrong = dict[str, Tensor](), list[str]()
     for name, expected in network.state_dict().items():
         source = table[name]
@@ -115,7 +121,6 @@ def build(
     if wrong:
         raise CheckpointError(f"{origin}: {len(wrong)} tensors do not fit the configuration; first {wrong[0]}")
     network.load_state_dict(made, assign=True)
-    return network
 
 
 def _listed(names: list[str]) -> str:

@@ -1,0 +1,284 @@
+"""The transformer of HY-WorldPlay's WAN-5B variant, on Wan2.2-TI2V-5B: the prompt's keys and values once a prompt,
+context once a chunk, and the chunk's own tokens in every step.
+
+Its blocks let tokens attend to each other in two streams and then to the text, which is no part of the first; keys and
+values of context latents are kept before any place is given to them, as `model.HYNetwork` keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldstride.attention import Attend, streams
+from worldstride.attention.streams import KeysValues, Places
+from worldstride.errors import InputError, did_you_mean, integer_from, number_in
+from worldstride.models.hy_worldplay.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated, rms_norm
+
+PATCH = 2
+"""Rows and columns of a latent that make one token."""
+EPS = 1e-6
+"""Of the layer norm before attention to the text."""
+
+_FIXED: dict[str, object] = {
+    "patch_size": [1, PATCH, PATCH], "freq_dim": FREQUENCIES, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "eps": EPS, "image_dim": None, "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}  # fmt: skip
+"""What the published configuration says, in diffusers' words; anything else would be another network."""
+_READ = {
+    "in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim",
+}  # fmt: skip
+_IDLE = {"rope_max_seq_len"}
+"""Entries that change nothing in the network."""
+
+Rows = tuple[Tensor, ...]
+"""Shift, scale and gate of self-attention, then of the MLP: six times [B, T, width]."""
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Every number that fixes the network; the defaults are the published 5B model's."""
+
+    channels: int = 48
+    """Channels of a latent."""
+    width: int = 3072
+    """Channels of a token."""
+    heads: int = 24
+    depth: int = 30
+    """Blocks."""
+    hidden: int = 14336
+    """Channels inside the MLPs."""
+    theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    text: int = 4096
+    """Channels of umT5's states."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "width", "heads", "depth", "hidden", "text"):
+            integer_from(name, getattr(self, name), 1)
+        number_in("theta", self.theta, 0, math.inf, open_low=True)
+        if self.width % self.heads or self.head_dim % 4:
+            raise InputError(
+                f"heads must share the width in parts that 4 divides, got {self.width} for {self.heads} heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads
+
+    @property
+    def rope(self) -> tuple[int, int, int]:
+        """Channels of a head that turn with latent, row and column: thirds, and what is left over to the latent."""
+        side = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * side, side, side
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> WanConfig:
+        """From the entries of a diffusers `config.json`; `InputError` on what this network cannot be."""
+        entries = {k: v for k, v in values.items() if not k.startswith("_")}
+        for name, value in entries.items():
+            if name in _FIXED and value != _FIXED[name]:
+                raise InputError(f"{name} must be {_FIXED[name]!r} for HY-WorldPlay's WAN-5B, got {value!r}")
+            if name not in _FIXED.keys() | _READ | _IDLE:
+                known = sorted(_FIXED.keys() | _READ | _IDLE)
+                raise InputError(f"unknown entry {name!r} in the configuration{did_you_mean(name, known)}")
+        if missing := sorted(_READ - entries.keys()):
+            raise InputError(f"the configuration lacks {', '.join(missing)}")
+        for name in sorted(_READ):
+            integer_from(name, entries[name], 1)
+        if entries["in_channels"] != entries["out_channels"]:
+            both = f"{entries['in_channels']} and {entries['out_channels']}"
+            raise InputError(f"in_channels and out_channels must be equal, got {both}")
+        heads = entries["num_attention_heads"]
+        return cls(
+            channels=entries["in_channels"], width=heads * entries["attention_head_dim"], heads=heads,
+            depth=entries["num_layers"], hidden=entries["ffn_dim"], text=entries["text_dim"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class WanFrames:
+    """Latents as the network takes them."""
+
+    x: Tensor
+    """Noisy or clean latents [B, T, channels, h, w]; h and w are even, and h w / 4 tokens are a latent."""
+    levels: Tensor
+    """Noise levels in thousandths [B, T]."""
+    labels: Tensor
+    """Action labels [B, T], 0 to 80."""
+    at: Places
+
+
+class WideProjection(nn.Module):
+    """Queries, keys and values from tokens; queries and keys normed over the channels of all heads together."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(width, 3 * width)
+        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, width] -> three times [B, heads, N, head_dim]."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
+        return _by_head(q, self.heads), _by_head(k, self.heads), _by_head(v, self.heads)
+
+
+class TextProjection(nn.Module):
+    """Queries from tokens, keys and values from the text; normed likewise."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.q, self.kv = heads, nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, width] -> queries [B, heads, N, head_dim]."""
+        return _by_head(rms_norm(self.q(x), self.q_scale), self.heads)
+
+    def of_text(self, words: Tensor) -> KeysValues:
+        """Embedded text [1, L, width] -> keys and values [1, heads, L, head_dim]."""
+        k, v = self.kv(words).chunk(2, -1)
+        k, v = _by_head(rms_norm(k, self.k_scale), self.heads), _by_head(v, self.heads)
+        return k.contiguous(), v.contiguous()
+
+
+class WanBlock(nn.Module):
+    """Self-attention in two streams, attention to the text, MLP; what stands before, between and after attention."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.table = nn.Parameter(torch.zeros(1, 6, width))
+        self.project, self.out = WideProjection(width, config.heads), nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.words, self.told = TextProjection(width, config.heads), nn.Linear(width, width)
+        self.mlp = MLP(width, config.hidden)
+
+    def begin(self, x: Tensor, level: Tensor) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
+        """What modulates x [B, N, width] at levels' rows [B, T, 6, width], and its queries, keys and values."""
+        rows = (level + self.table).unbind(2)
+        return rows, self.project(modulated(x, rows[0], rows[1]))
+
+    def ask(self, x: Tensor, both: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """x after self-attention's result of both streams [B, N, 2 width], and its queries to the text."""
+        x = gated(x, self.out(both), rows[2])
+        return x, self.words(self.norm(x))
+
+    def end(self, x: Tensor, told: Tensor, rows: Rows) -> Tensor:
+        """x after the text's result [B, heads, N, head_dim] and the MLP."""
+        x = x + self.told(merged(told))
+        return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
+
+
+class WanNetwork(nn.Module):
+    """Stateless: `text`, `context`, `velocity`."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.enter, self.leave = (
+            nn.Linear(config.channels * PATCH**2, width),
+            nn.Linear(width, config.channels * PATCH**2),
+        )
+        self.level, self.action, self.rows = Embedder(width), Embedder(width), nn.Linear(width, 6 * width)
+        self.prompt = nn.Sequential(nn.Linear(config.text, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.depth))
+        self.table = nn.Parameter(torch.zeros(1, 2, width))
+        self.begin: Callable[..., tuple[Rows, tuple[Tensor, Tensor, Tensor]]] = WanBlock.begin
+        self.ask: Callable[..., tuple[Tensor, Tensor]] = WanBlock.ask
+        self.end: Callable[..., Tensor] = WanBlock.end
+        """What computes a block around its two attentions; compiled functions may stand in for them."""
+
+    def compile_passes(self) -> None:
+        """Have torch compile what stands around attention; attention itself, whose keys grow, is never compiled."""
+        self.begin, self.ask = torch.compile(WanBlock.begin), torch.compile(WanBlock.ask)
+        self.end = torch.compile(WanBlock.end)
+
+    def text(self, states: Tensor) -> list[KeysValues]:
+        """Keys and values [1, heads, L, head_dim] of umT5's states [1, L, text], a pair a block, for every chunk.
+
+        No row is left out: where states were padded when the model was trained (512 rows), they must be here, too.
+        """
+        if states.dim() != 3 or len(states) != 1 or not states.shape[1] or states.shape[2] != self.config.text:
+            raise InputError(f"text states must be [1, L, {self.config.text}], L at least 1, got {list(states.shape)}")
+        words = self.prompt(states.to(self.enter.weight))
+        return [block.words.of_text(words) for block in self._blocks()]
+
+    def context(
+        self, frames: WanFrames, text: Sequence[KeysValues], attend: Attend, past: Sequence[KeysValues] = (),
+        where: Places | None = None,
+    ) -> list[KeysValues]:  # fmt: skip
+        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places.
+
+        They see other latents' `past`, too, at places `where`, if that is given.
+        """
+        x, _, level = self._entered(frames)
+        written, seen = list[KeysValues](), past if where is not None else [None] * len(self.blocks)
+        for block, words, kept in zip(self._blocks(), text, seen, strict=True):
+            rows, (q, k, v) = self.begin(block, x, level)
+            written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
+            if len(written) < len(self.blocks):  # the last block's tokens go nowhere
+                x = self._through(block, x, rows, _attended(q, (k, v), frames.at, kept, where, attend), words, attend)
+        return written
+
+    def velocity(
+        self, frames: WanFrames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
+        attend: Attend,
+    ) -> Tensor:  # fmt: skip
+        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context."""
+        x, about, level = self._entered(frames)
+        past = context if where is not None else [None] * len(self.blocks)
+        for block, words, kept in zip(self._blocks(), text, past, strict=True):
+            rows, (q, k, v) = self.begin(block, x, level)
+            x = self._through(block, x, rows, _attended(q, (k, v), frames.at, kept, where, attend), words, attend)
+        return self._left(x, about, frames)
+
+    def _blocks(self) -> Sequence[WanBlock]:
+        return cast("Sequence[WanBlock]", self.blocks)
+
+    def _through(
+        self, block: WanBlock, x: Tensor, rows: Rows, both: Tensor, text: KeysValues, attend: Attend
+    ) -> Tensor:
+        """x [B, N, width] after self-attention's result [B, N, 2 width], the text and the MLP."""
+        x, q = self.ask(block, x, both, rows)
+        k, v = (t.expand(len(q), -1, -1, -1) for t in text)
+        return self.end(block, x, attend(q, k, v), rows)
+
+    def _entered(self, frames: WanFrames) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N, width], levels and actions embedded [B, T, width], and the rows of that [B, T, 6, width]."""
+        if any(n % PATCH for n in frames.x.shape[3:]):
+            raise InputError(f"latents must have even numbers of rows and columns, got {list(frames.x.shape[3:])}")
+        patches = frames.x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # [B, T, C, H, 2, W, 2]
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T H W, 4 C]
+        about = self.level(frames.levels) + self.action(frames.labels)
+        return self.enter(patches.to(self.enter.weight.dtype)), about, self.rows(F.silu(about)).unflatten(-1, (6, -1))
+
+    def _left(self, x: Tensor, about: Tensor, frames: WanFrames) -> Tensor:
+        shift, scale = (about[:, :, None] + self.table).unbind(2)
+        latents, (high, wide) = frames.x.shape[1], (n // PATCH for n in frames.x.shape[3:])
+        patches = self.leave(modulated(x, shift, scale)).unflatten(-1, (PATCH, PATCH, -1))  # [B, T H W, 2, 2, C]
+        planes = patches.unflatten(1, (latents, high, wide)).permute(0, 1, 6, 2, 4, 3, 5)  # [B, T, C, H, 2, W, 2]
+        return planes.flatten(5).flatten(3, 4)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """Tokens [B, N, width] as [B, heads, N, head_dim]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attended(
+    q: Tensor, own: KeysValues, at: Places, context: KeysValues | None, where: Places | None, attend: Attend
+) -> Tensor:
+    """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to context and themselves."""
+    none = own[0][:1, :, :0], own[1][:1, :, :0]
+    keys, values = streams.every_key(none, context, where, own, at)
+    return streams.back(attend(streams.of_queries(q, at), keys, values), at)
