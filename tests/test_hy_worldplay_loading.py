@@ -22,10 +22,11 @@ from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay import places
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.config import HYConfig
-from worldstride.models.hy_worldplay.loading import VARIANT, random_model
+from worldstride.models.hy_worldplay.loading import VARIANTS, random_model
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.weights import build, sources
 
+VARIANT = next(iter(VARIANTS))
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 VAE_JSON = {"latent_channels": 4, "block_out_channels": [8] * 5, "layers_per_block": 1, "shift_factor": None}
 
@@ -337,3 +338,12 @@ def test_the_list_of_models_tells_where_it_may_be_used(capsys: pytest.CaptureFix
     printed = " ".join(capsys.readouterr().out.split())
     for text in ("hy_worldplay", "8.6 B", "Community License", "EU, the UK and South Korea", "HunyuanVideo-1.5"):
         assert text in printed
+
+
+def test_a_path_may_name_another_model(published: Path):
+    (published / VARIANT).rename(published / "ar_model")
+    refused(published, f"it is the folder {VARIANT} of tencent/HY-WorldPlay")
+    model = worldstride.load("hy_worldplay", published / "ar_model", device="cpu", dtype=torch.float32).model
+    assert isinstance(model, HYWorldPlay)
+    assert (model.steps, model.guidance) == (50, 6.0)
+    assert (model.sampler().steps, model.sampler().guidance) == (50, 6.0)

@@ -367,3 +367,37 @@ def test_a_pose_string_is_played_latent_by_latent():
         assert [e.led for e in session.history.entries] == [-1, *labels(poses.cameras)[1:].tolist()]
     with pytest.raises(InputError, match="per must be frame or latent, got 'chunk'"):
         next(begin(engine()).play(parse_trajectory("w-4"), per="chunk"))  # type: ignore[arg-type]
+
+
+def guided(scale: float, **negative: Tensor) -> Session:
+    made = HYWorldPlay(model().network, model().decoder, torch.float32, 2, scale)
+    session = begin(engine(made))
+    session._state.prompt.update(negative)
+    return session
+
+
+def test_guidance_goes_away_from_the_negative_prompt():
+    case = golden()
+    same_text = {f"negative_{name}": t for name, t in case.prompt.items() if name != "vision"}
+    other = {**same_text, "negative_text": -case.prompt["text"]}
+    plain = begin(engine(HYWorldPlay(model().network, model().decoder, torch.float32, 2)))
+    worlds = [plain, guided(6.0, **same_text), guided(1.0, **other), guided(6.0, **other)]
+    moves = [Action({"KeyW"})] * 2
+    made = []
+    for session in worlds:
+        reports = [session.step(move).report for move in moves]
+        made.append((torch.stack([e.latent for e in session.history.entries]), reports[-1]))
+    (truth, cost), *rest = made
+    # what is the same on both sides, and a scale of one, guide nowhere
+    assert [relative(latents, truth) < 1e-4 for latents, _ in rest] == [True, True, False]
+    for _, report in rest:
+        assert report.context_bytes == 2 * cost.context_bytes
+        assert report.flops["context"] == 2 * cost.flops["context"]
+        assert report.flops["denoise"] == 2 * cost.flops["denoise"]
+    kept = guided(6.0, **other)
+    kept.acceleration = Acceleration("kept", kept=KeptContext(refresh=1))
+    for move in moves:
+        kept.step(move)
+    assert relative(torch.stack([e.latent for e in kept.history.entries]), made[-1][0]) < 1e-4
+    with pytest.raises(InputError, match="states named 'negative_text' beside 'text', being guided, got"):
+        guided(6.0).step()

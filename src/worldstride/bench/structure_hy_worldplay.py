@@ -134,4 +134,5 @@ class UpstreamWorldPlay(HYWorldPlay):
 
     def __init__(self, model: HYWorldPlay) -> None:
         decoder = UpstreamDecoder(model.decoder.vae, *model.decoder.size)
-        super().__init__(UpstreamStructure(model.network), decoder, model.storage, model.steps)
+        network = UpstreamStructure(model.network)
+        super().__init__(network, decoder, model.storage, model.steps, model.guidance)

@@ -43,11 +43,13 @@ class HYPrompt:
     """Keys and values of its tokens, a pair a block."""
     image: Tensor | None
     """Latent of the first image [1, C, h, w]; None where none was given."""
+    negative: tuple[KeysValues, ...] = ()
+    """The same of the negative prompt, where the model is guided."""
 
     @property
-    def bytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for pair in self.text for t in pair)
+    def branches(self) -> tuple[tuple[KeysValues, ...], ...]:
+        """Texts of the guidance branches, the conditional one first."""
+        return (self.text, self.negative) if self.negative else (self.text,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,8 @@ class HYContext:
     """Places of the latents; None where there are none."""
     apart: bool = False
     """Whether evaluations keep attention to text and context apart, and capture it."""
+    negative: tuple[KeysValues, ...] = ()
+    """Keys and values of latents that saw the negative prompt, where the model is guided."""
     reused: tuple[Partial, ...] = ()
     """Attention to text and context that an earlier evaluation captured, a block each; taken in place of both."""
 
@@ -71,7 +75,7 @@ class HYContext:
     @property
     def bytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(t.numel() * t.element_size() for pair in self.keys_values for t in pair)
+        return sum(t.numel() * t.element_size() for pair in (*self.keys_values, *self.negative) for t in pair)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,8 @@ class HYInputs:
     project: Tensor
     unproject: Tensor
     text: tuple[KeysValues, ...]
+    negative: bool = False
+    """Whether this is the branch of the negative prompt."""
 
 
 class HYWorldPlay:
@@ -94,8 +100,9 @@ class HYWorldPlay:
     name = "hy_worldplay"
 
     def __init__(
-        self, network: HYNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 4
-    ) -> None:
+        self, network: HYNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 4,
+        guidance: float | None = None,
+    ) -> None:  # fmt: skip
         """A model that makes frames of the decoder's size.
 
         Args:
@@ -103,9 +110,11 @@ class HYWorldPlay:
             decoder: the VAE at a frame size that 16 divides.
             storage: precision of latents between steps (bfloat16 upstream).
             steps: solver steps at full compute.
+            guidance: scale of classifier-free guidance of models that are not distilled; prompts then need negative
+                states, too.
         """
         self.network, self.config, self.decoder = network, network.config, decoder
-        self.storage, self.steps = storage, steps
+        self.storage, self.steps, self.guidance = storage, steps, guidance
         weight = network.enter.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.grid = (decoder.size[0] // 16, decoder.size[1] // 16)
@@ -129,7 +138,8 @@ class HYWorldPlay:
         """Euler on a schedule shifted by 5."""
         steps = self.steps if steps is None else steps
         integer_from("steps", steps, 1)
-        return SamplerSpec(shifted_sigmas(steps, SHIFT if shift is None else shift), storage=self.storage)
+        sigmas = shifted_sigmas(steps, SHIFT if shift is None else shift)
+        return SamplerSpec(sigmas, storage=self.storage, guidance=self.guidance)
 
     def image_prompt(self, frames: Tensor) -> Mapping[str, Tensor]:
         """The latent of the last frame of uint8 [1, F, H, W, 3]."""
@@ -138,30 +148,37 @@ class HYWorldPlay:
     def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> HYPrompt:
         """Text keys and values from encoder states "text" [1, L, ...], "glyphs" [1, G, ...] and "vision" [1, V, ...].
 
-        "text_mask" and "glyphs_mask" may leave rows out. Raises `InputError` on what is missing or does not fit.
+        "text_mask" and "glyphs_mask" may leave rows out. A guided model needs "negative_text" and the like, too; the
+        image's states are the same. Raises `InputError` on what is missing or does not fit.
         """
+        negative = () if self.guidance is None else self._text(prompt, "negative_", attend)
+        return HYPrompt(self._text(prompt, "", attend), prompt.get("image"), negative)
+
+    def _text(self, prompt: Mapping[str, Tensor], sign: str, attend: Attend) -> tuple[KeysValues, ...]:
+        """Keys and values of the states whose names begin with `sign`."""
         c = self.config
-        if "text" not in prompt:
-            raise InputError(f"HY-WorldPlay needs encoder states named 'text', got {sorted(prompt) or 'none'}")
-        text = prompt["text"].to(self.device)
+        if f"{sign}text" not in prompt:
+            guided = " beside 'text', being guided" if sign else ""
+            raise InputError(
+                f"HY-WorldPlay needs encoder states named '{sign}text'{guided}, got {sorted(prompt) or 'none'}"
+            )
+        text = prompt[f"{sign}text"].to(self.device)
         glyphs, vision = (
             prompt[name].to(self.device) if name in prompt else text.new_zeros(1, 0, channels)
-            for name, channels in (("glyphs", c.glyphs), ("vision", c.vision))
+            for name, channels in ((f"{sign}glyphs", c.glyphs), ("vision", c.vision))
         )
         masks = [
             prompt[name].to(self.device) if name in prompt else torch.ones(of.shape[:2], device=self.device)
-            for name, of in (("text_mask", text), ("glyphs_mask", glyphs))
+            for name, of in ((f"{sign}text_mask", text), (f"{sign}glyphs_mask", glyphs))
         ]
-        states = Prompt.masked(text, masks[0], glyphs, masks[1], vision)
-        return HYPrompt(tuple(self.network.text(states, attend)), prompt.get("image"))
+        return tuple(self.network.text(Prompt.masked(text, masks[0], glyphs, masks[1], vision), attend))
 
     def sample_prompt(self, generator: torch.Generator) -> Mapping[str, Tensor]:
         """States of 200 tokens of text, no glyphs, and an image."""
         c = self.config
-        return {
-            "text": torch.randn(1, 200, c.text, generator=generator),
-            "vision": torch.randn(1, 729, c.vision, generator=generator),
-        }
+        states = {"text": (200, c.text), "vision": (729, c.vision)}
+        states |= {} if self.guidance is None else {"negative_text": (200, c.text)}
+        return {name: torch.randn(1, *size, generator=generator) for name, size in states.items()}
 
     def sample_points(self, generator: torch.Generator) -> Tensor:
         """Points in the view of a camera; 50 000 are drawn in a ball, and one in twenty is seen."""
@@ -192,20 +209,29 @@ class HYWorldPlay:
         prompt = _prompt(c.encoded)
         numbers = self.label(c.cameras[0], None) if not c.led else tuple(n if isinstance(n, int) else 0 for n in c.led)
         condition = self._condition(c.cameras.shape[0], numbers, prompt)
-        return (HYInputs(condition, self._numbers(numbers), *matrices, prompt.text),)
+        of = (condition, self._numbers(numbers), *matrices)
+        return tuple(HYInputs(*of, text, negative=i > 0) for i, text in enumerate(prompt.branches))
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
         """One pass over all remembered latents; nothing of `previous` is kept."""
         if not recalled.latents.shape[1]:
             return HYContext((), None)
-        frames, text = self._frames(recalled)
-        return HYContext(tuple(self.network.context(frames, text, attend)), frames.at)
+        frames, branches = self._frames(recalled)
+        every = [tuple(self.network.context(frames, text, attend)) for text in branches]
+        return HYContext(every[0], frames.at, negative=every[1] if len(every) > 1 else ())
 
     def encode_latents(self, recalled: Recalled, past: Context | None, attend: Attend) -> Tensor:
-        """Keys and values [B, N, depth, 2, heads, n, head_dim] of latents that see each other and `past`."""
-        frames, text = self._frames(recalled)
+        """Keys and values [B, N, depth, 2, heads, n, head_dim] of latents that see each other and `past`.
+
+        Of a guided model twice the depth: those of the negative branch come behind.
+        """
+        frames, branches = self._frames(recalled)
         seen = _own(past) if past is not None else HYContext((), None)
-        pairs = self.network.context(frames, text, attend, seen.keys_values, seen.where)
+        known = (seen.keys_values, seen.negative)
+        pairs = [
+            pair for text, kept in zip(branches, known, strict=False)
+            for pair in self.network.context(frames, text, attend, kept, seen.where)
+        ]  # fmt: skip
         count = recalled.latents.shape[1]
         return torch.stack([torch.stack(pair, 1) for pair in pairs], 1).unflatten(4, (count, -1)).movedim(4, 1)
 
@@ -215,7 +241,8 @@ class HYWorldPlay:
             return HYContext((), None)
         every = torch.stack(list(kept), 4).flatten(4, 5)  # [B, depth, 2, heads, N, head_dim]
         at = self._places(recalled)
-        return HYContext(tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), at)
+        pairs, depth = tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), self.config.depth
+        return HYContext(pairs[:depth], at, negative=pairs[depth:])
 
     def velocity(
         self, x: Tensor, sigma: float | Tensor, inputs: HYInputs, context: Context, attend: Attend
@@ -227,9 +254,8 @@ class HYWorldPlay:
         at = Places(cos, sin, inputs.project, inputs.unproject)
         frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), at)
         outer = list[Partial]() if held.apart else None
-        made = self.network.velocity(
-            frames, inputs.text, held.keys_values, held.where, attend, outer, held.reused
-        )  # fmt: skip
+        past = held.negative if inputs.negative else held.keys_values
+        made = self.network.velocity(frames, inputs.text, past, held.where, attend, outer, held.reused)
         return made.float(), {} if outer is None else {"outer": outer}
 
     def apart(self, context: Context) -> HYContext:
@@ -242,7 +268,7 @@ class HYWorldPlay:
 
     def context_flops(self, encoded: int, seen: float) -> float:
         """See `Costed.context_flops`; attention to text is left out."""
-        return cost.context_flops(self.config, self._tokens, encoded, seen)
+        return (1 if self.guidance is None else 2) * cost.context_flops(self.config, self._tokens, encoded, seen)
 
     def evaluation_flops(self, latents: int, context: float) -> float:
         """See `Costed.evaluation_flops`; attention to text is left out."""
@@ -260,14 +286,14 @@ class HYWorldPlay:
     def _tokens(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[KeysValues, ...]]:
-        """Remembered latents as the network takes them, and the text that they see."""
+    def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[tuple[KeysValues, ...], ...]]:
+        """Remembered latents as the network takes them, and the texts that they see, one a guidance branch."""
         x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
         at = self._places(recalled)
         numbers = tuple(n if isinstance(n, int) else 0 for n in recalled.led) or (0,) * x.shape[1]
         condition = self._condition(len(x), numbers, prompt)
         levels = torch.full(x.shape[:2], STABLE, device=self.device)
-        return Frames(x, condition, levels, self._numbers(numbers).expand(x.shape[:2]), at), prompt.text
+        return Frames(x, condition, levels, self._numbers(numbers).expand(x.shape[:2]), at), prompt.branches
 
     def _places(self, recalled: Recalled) -> Places:
         """Places of remembered latents; their ranks count from the first of the whole context."""

@@ -20,8 +20,10 @@ from worldstride.models.shards import Shards, find, read_json
 
 HEIGHT, WIDTH = 480, 832
 """Frame size that the autoregressive models were trained at."""
-VARIANT = "ar_distilled_action_model"
-"""Folder of the distilled autoregressive model."""
+VARIANTS: dict[str, tuple[int, float | None]] = {
+    "ar_distilled_action_model": (4, None), "ar_model": (50, 6.0), "ar_rl_model": (50, 6.0),
+}  # fmt: skip
+"""Folders of the autoregressive models, the distilled one first: steps, and scale of classifier-free guidance."""
 _FILES = (
     "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "model.safetensors",
@@ -35,7 +37,8 @@ def load_hy_worldplay(
     """Model and fingerprint, for frames of 480 x 832.
 
     `path` is a folder as `tencent/HY-WorldPlay` is published, with the folder `vae` of `tencent/HunyuanVideo-1.5` in
-    it. Random weights are of full size. Raises `CheckpointError` that names what is missing and where it comes from.
+    it, and then the distilled model is meant; or one of `VARIANTS` in such a folder. Random weights are of full size.
+    Raises `CheckpointError` that names what is missing and where it comes from.
     """
     if weights == "random":
         if path is not None:
@@ -47,7 +50,12 @@ def load_hy_worldplay(
         )
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder; give that of tencent/HY-WorldPlay")
-    tensors, folder = _tensors(path / VARIANT, f"folder {VARIANT} of tencent/HY-WorldPlay"), path / VARIANT
+    if path.name in VARIANTS:
+        path, variant = path.parent, path.name
+    else:
+        variant = next(iter(VARIANTS))
+    folder, (steps, guidance) = path / variant, VARIANTS[variant]
+    tensors = _tensors(folder, f"folder {variant} of tencent/HY-WorldPlay")
     config = HYConfig()  # what is published needs none; a file beside the weights tells of other sizes
     try:
         if (folder / "config.json").is_file():
@@ -58,7 +66,7 @@ def load_hy_worldplay(
         raise CheckpointError(f"{path}: {error}") from error
     whole = hashlib.sha256(f"{tensors.fingerprint()} {mark}".encode()).hexdigest()
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    return HYWorldPlay(network, VideoDecoder(vae, HEIGHT, WIDTH), storage), whole
+    return HYWorldPlay(network, VideoDecoder(vae, HEIGHT, WIDTH), storage, steps, guidance), whole
 
 
 def random_model(
