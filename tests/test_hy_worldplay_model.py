@@ -244,7 +244,7 @@ def test_what_does_not_fit_the_network_is_named(small: HYWorldPlay):
         ({**given, "glyphs": given["vision"]}, r"glyphs must be one prompt's states"),
         ({**given, "vision": given["text"]}, r"vision states must be \[1, N, 20\], got \[1, 9, 24\]"),
         ({**given, "text_mask": given["text_mask"] * 0}, "at least one token of text"),
-        ({"text": torch.cat([given["text"]] * 2)}, "text must be one prompt's states"),
+        ({**given, "text": torch.cat([given["text"]] * 2)}, "text must be one prompt's states"),
     ):
         with pytest.raises(InputError, match=text):
             small.encode_prompt(prompt, attend)

@@ -100,7 +100,7 @@ def test_a_session_makes_the_golden_latents():
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
 def test_the_model_keeps_the_contract(storage: torch.dtype):
     check_model(model(storage=storage), golden().prompt, chunks=(0, 1))
-    check_model(model(storage=storage), {"text": golden().prompt["text"]}, chunks=(0,))
+    check_model(model(storage=storage), {n: golden().prompt[n] for n in ("text", "vision")}, chunks=(0,))
 
 
 class Deaf(HYWorldPlay):
@@ -126,7 +126,7 @@ class Unconditioned(HYWorldPlay):
 
     def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
         still = torch.eye(4).expand(conditions.cameras.shape)
-        return super().prepare(replace(conditions, cameras=still, led=()))
+        return super().prepare(replace(conditions, cameras=still, led=(0,) * len(conditions.led)))
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,19 @@ def test_the_first_image_and_the_prompt_condition_the_world(small: Engine):
     worlds = [
         small.open(picture, np.eye(4)[None], given, noise_seed=1),
         small.open(picture + 200, np.eye(4)[None], given, noise_seed=1),
-        small.open(picture, np.eye(4)[None], {"text": given["text"]}, noise_seed=1),
+        small.open(picture, np.eye(4)[None], {n: given[n] for n in ("text", "vision")}, noise_seed=1),
     ]
     chunks = [world.step(FORWARD) for world in worlds]
     assert not np.array_equal(chunks[0].frames, chunks[1].frames)
     assert not np.array_equal(chunks[0].frames, chunks[2].frames)
-    again = small.open(np.concatenate([picture + 200, picture]), np.eye(4)[None].repeat(2, 0), given, noise_seed=1)
-    assert same(again.step(FORWARD), chunks[0])  # the last frame counts
+    with pytest.raises(InputError, match="begins with one image, got 2 frames"):
+        small.open(np.concatenate([picture, picture]), np.eye(4)[None].repeat(2, 0), given)
+    for prompt, text in (
+        ({"text": given["text"]}, r"needs encoder states named 'vision', got \['image', 'text'\]"),
+        ({**given, "Vision": given["vision"]}, r"unknown prompt states 'Vision' \(did you mean 'vision'\?\)"),
+    ):
+        with pytest.raises(InputError, match=text):
+            small.open(picture, np.eye(4)[None], prompt).step(FORWARD)
 
 
 def test_a_missing_prompt_is_asked_for(small: Engine):
@@ -401,3 +407,16 @@ def test_guidance_goes_away_from_the_negative_prompt():
     assert relative(torch.stack([e.latent for e in kept.history.entries]), made[-1][0]) < 1e-4
     with pytest.raises(InputError, match="states named 'negative_text' beside 'text', being guided, got"):
         guided(6.0).step()
+
+
+def test_parts_of_clips_and_chunks_without_labels_are_refused(small: Engine):
+    session = begin(small)
+    for _ in range(6):
+        session.step(FORWARD)
+    session.acceleration = Acceleration("part", memory=3)
+    with pytest.raises(InputError, match="clips of 4 latents; memory must be a multiple, got 3"):
+        session.step(FORWARD)
+    still = torch.eye(4).expand(1, 4, 4, 4)
+    encoded = small.model.encode_prompt(golden().prompt, small.attention)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"needs a label for each of 4 new latents, got \(\)"):
+        small.model.prepare(Conditions(5, still, still, small.model.intrinsics, encoded=encoded))

@@ -152,8 +152,8 @@ class Engine:
     def warm_up(self, accelerations: Sequence[Acceleration | str | Path] = ("off",), limit: int = 64) -> int:
         """Play a made-up world in each way until its context is as long as it gets; the chunks that took.
 
-        Whatever is compiled, measured or planned when it is first met has then been met: a world that is played
-        afterwards does not wait for it. `limit` bounds the chunks of a world.
+        What is compiled or measured when it is first met has then been met. Sizes that only some walks meet (an old
+        clip that comes back, a context encoded anew) may still cost a backend a plan. `limit` bounds a world's chunks.
         """
         integer_from("limit", limit, 1)
         played = 0

@@ -281,9 +281,8 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     del context, inputs, run  # gigabytes that decoding can use
     watch.mark()
     states = [p.state.decoder for p in group]
-    frames, decoder = model.decoder.decode(
-        committed, {name: torch.cat([s[name] for s in states]) for name in states[0]}
-    )
+    state = states[0] if count == 1 else {name: torch.cat([s[name] for s in states]) for name in states[0]}
+    frames, decoder = model.decoder.decode(committed, state)
     pictures = frames.cpu().numpy()
     watch.mark()
     evaluations = done.evaluations()
@@ -293,11 +292,16 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]
     return [
         Made(
-            p, pictures[i], committed[i], {name: t[i : i + 1] for name, t in decoder.items()}, kept[i], size,
+            p, pictures[i], committed[i], _row(decoder, i, count), kept[i], size,
             held // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count, sparsity,
         )
         for i, p in enumerate(group)
     ]  # fmt: skip
+
+
+def _row(state: dict[str, Tensor], i: int, count: int) -> dict[str, Tensor]:
+    """A world's own state of the decoder; a view would keep the whole batch's alive."""
+    return state if count == 1 else {name: t[i : i + 1].clone() for name, t in state.items()}
 
 
 def _after_look(run: Denoising, group: Sequence[Pending]) -> list[DenoisePlan]:

@@ -104,6 +104,8 @@ class _Replay:
     def _rollout(self, text: Sequence[KeysValues]) -> Iterator[Comparison]:
         latents, tensors, path = self.noise.clone(), self.tensors, self.cameras[0]
         steps = len([name for name in tensors if re.fullmatch(r"chunk0/step\d+/velocity", name)])
+        if not steps:
+            raise KeyError("chunk0/step0/velocity")  # they tell how many steps there are
         sigmas = shifted_sigmas(steps, SHIFT)
         for c in range(latents.shape[1] // NEW):
             rows = range(NEW * c, NEW * c + NEW)

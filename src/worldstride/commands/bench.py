@@ -43,19 +43,17 @@ class Bench:
 
     def run(self, command: str) -> int:
         """Measure, print, and write."""
-        if self.benchmark == "walk":
-            return self._walk(command)
-        settings = [resolve(name) for name in self.accelerations]
+        settings = [] if self.benchmark == "walk" else [resolve(name) for name in self.accelerations]
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads must be at least 1, got {self.threads}")
         before = torch.get_num_threads()
         try:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            result = self._measure(settings, command)
+            result = self._walk(command) if self.benchmark == "walk" else self._measure(settings, command)
         finally:
             torch.set_num_threads(before)
-        _print(result)
+        (_print_walk if self.benchmark == "walk" else _print)(result)
         if self.out is not None:
             write_json(self.out, result)
             print(f"\nall numbers: {self.out}")
@@ -76,7 +74,7 @@ class Bench:
             "first_frame_seconds": time_to_first_frame(engine, self.engine.dtype, self.threads),
         }
 
-    def _walk(self, command: str) -> int:
+    def _walk(self, command: str) -> dict[str, Any]:
         engine = self.engine.load(self.model)
         chosen, rows = ways(engine, self.accelerations), list[dict[str, Any]]()
         with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
@@ -84,16 +82,11 @@ class Bench:
                 rows.append(walked(way, self.chunks, self.warmup, advance=bar.update))
                 bar.write(f"{way.name}: {rows[-1]['seconds']['total']:.2f} s")
         parameters = sum(p.numel() * p.element_size() for p in _parameters(engine))
-        result = {
+        return {
             "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "warmup": self.warmup,
             "parameter_bytes": parameters, "rows": rows,
         }  # fmt: skip
-        _print_walk(result)
-        if self.out is not None:
-            write_json(self.out, result)
-            print(f"\nall numbers: {self.out}")
-        return 0
 
 
 def _parameters(engine: Engine) -> list[torch.Tensor]:

@@ -130,6 +130,7 @@ def encode_kept(
             some = [r for i in seen if (r := records[i]) is not None]
             past = model.join_context(some, recalled.part(seen, latents[:, :0])) if seen else None
             made = model.encode_latents(part, past, attend)
+            past = None  # gigabytes that the whole context can use
         fresh.append(made)
         for i, record in zip(group, made.unbind(1), strict=True):
             records[i] = record

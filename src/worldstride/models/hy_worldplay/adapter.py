@@ -12,7 +12,7 @@ from torch import Tensor
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import InputError, integer_from
+from worldstride.errors import InputError, did_you_mean, integer_from
 from worldstride.models.hy_worldplay import cost, poses
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.labels import labels
@@ -125,7 +125,7 @@ class HYWorldPlay:
         self._tables = tuple(t.unflatten(0, (RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
 
     def compile_passes(self) -> None:
-        """Compile blocks, and the decoder, when they are first met: once for every length of the context."""
+        """Compile what stands around attention in the blocks, for any number of tokens; the decoder is not compiled."""
         self.network.compile_passes()
 
     def chunk(self, k: int) -> ChunkShape:
@@ -142,7 +142,9 @@ class HYWorldPlay:
         return SamplerSpec(sigmas, storage=self.storage, guidance=self.guidance)
 
     def image_prompt(self, frames: Tensor) -> Mapping[str, Tensor]:
-        """The latent of the last frame of uint8 [1, F, H, W, 3]."""
+        """The latent of the one frame of uint8 [1, 1, H, W, 3]."""
+        if frames.shape[1] != 1:
+            raise InputError(f"HY-WorldPlay begins with one image, got {frames.shape[1]} frames")
         return {"image": self.decoder.encode(frames[:, -1:])[:, 0]}
 
     def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> HYPrompt:
@@ -151,17 +153,24 @@ class HYWorldPlay:
         "text_mask" and "glyphs_mask" may leave rows out. A guided model needs "negative_text" and the like, too; the
         image's states are the same. Raises `InputError` on what is missing or does not fit.
         """
+        kinds = ("text", "text_mask", "glyphs", "glyphs_mask")
+        known = [*kinds, "vision", "image", *(f"negative_{kind}" for kind in kinds)]
+        for name in prompt:
+            if name not in known:
+                raise InputError(
+                    f"unknown prompt states {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+                )
         negative = () if self.guidance is None else self._text(prompt, "negative_", attend)
         return HYPrompt(self._text(prompt, "", attend), prompt.get("image"), negative)
 
     def _text(self, prompt: Mapping[str, Tensor], sign: str, attend: Attend) -> tuple[KeysValues, ...]:
         """Keys and values of the states whose names begin with `sign`."""
         c = self.config
-        if f"{sign}text" not in prompt:
-            guided = " beside 'text', being guided" if sign else ""
-            raise InputError(
-                f"HY-WorldPlay needs encoder states named '{sign}text'{guided}, got {sorted(prompt) or 'none'}"
-            )
+        for name in (f"{sign}text", "vision"):
+            if name not in prompt:
+                guided = " beside 'text', being guided" if sign else ""
+                found = sorted(prompt) or "none"
+                raise InputError(f"HY-WorldPlay needs encoder states named '{name}'{guided}, got {found}")
         text = prompt[f"{sign}text"].to(self.device)
         glyphs, vision = (
             prompt[name].to(self.device) if name in prompt else text.new_zeros(1, 0, channels)
@@ -187,7 +196,9 @@ class HYWorldPlay:
     def recall(
         self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int
     ) -> tuple[list[int], list[float]]:
-        """The clips that saw most of what is coming; of equal ones the oldest."""
+        """The clips that saw most of what is coming; of equal ones the oldest. `InputError` on parts of clips."""
+        if count % NEW:
+            raise InputError(f"HY-WorldPlay brings back clips of {NEW} latents; memory must be a multiple, got {count}")
         starts = [i for i in candidates[::NEW] if i + NEW - 1 <= candidates[-1]]
         away = distances(cameras, coming, starts, points)
         best = sorted(sorted(starts, key=away.__getitem__)[: count // NEW])
@@ -207,7 +218,9 @@ class HYWorldPlay:
         c = conditions
         matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
         prompt = _prompt(c.encoded)
-        numbers = self.label(c.cameras[0], None) if not c.led else tuple(n if isinstance(n, int) else 0 for n in c.led)
+        if len(c.led) != c.cameras.shape[1]:
+            raise InputError(f"HY-WorldPlay needs a label for each of {c.cameras.shape[1]} new latents, got {c.led}")
+        numbers = tuple(n if isinstance(n, int) else 0 for n in c.led)
         condition = self._condition(c.cameras.shape[0], numbers, prompt)
         of = (condition, self._numbers(numbers), *matrices)
         return tuple(HYInputs(*of, text, negative=i > 0) for i, text in enumerate(prompt.branches))
@@ -248,8 +261,11 @@ class HYWorldPlay:
         self, x: Tensor, sigma: float | Tensor, inputs: HYInputs, context: Context, attend: Attend
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The network's own prediction; `sigma` is a number or [B]."""
-        held, level = _own(context), torch.as_tensor(sigma, device=self.device).float() * 1000
-        levels = level.reshape(-1, 1).expand(x.shape[:2])
+        held = _own(context)
+        if isinstance(sigma, Tensor):
+            levels = 1000 * sigma.float().reshape(-1, 1).expand(x.shape[:2])
+        else:  # a number is filled in on the device: a copy would wait for what is under way there
+            levels = torch.full(x.shape[:2], 1000 * sigma, device=self.device)
         cos, sin = (t[held.latents : held.latents + x.shape[1]].flatten(0, 1) for t in self._tables)
         at = Places(cos, sin, inputs.project, inputs.unproject)
         frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), at)

@@ -43,7 +43,7 @@ def load_hy_worldplay(
     if weights == "random":
         if path is not None:
             raise InputError(f"random weights come from no file; leave out the path {str(path)!r}")
-        return random_model(HYConfig(), VAEConfig(), device, dtype), "random: seed 0"
+        return random_model(HYConfig(), VAEConfig(), device, dtype), f"random: seed 0, {device.type}"
     if path is None:
         raise CheckpointError(
             "HY-WorldPlay does not ship with this package: give the folder of tencent/HY-WorldPlay as `path`"
@@ -64,7 +64,7 @@ def load_hy_worldplay(
         vae, mark = _vae(path / "vae", device, dtype)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    whole = hashlib.sha256(f"{tensors.fingerprint()} {mark}".encode()).hexdigest()
+    whole = hashlib.sha256(f"{tensors.fingerprint()} {config} {mark} {vae.config}".encode()).hexdigest()
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
     return HYWorldPlay(network, VideoDecoder(vae, HEIGHT, WIDTH), storage, steps, guidance), whole
 

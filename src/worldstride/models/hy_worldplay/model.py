@@ -91,7 +91,7 @@ class HYNetwork(nn.Module):
         x, about, written = self.prompt(prompt, level, attend), self.level(level), list[KeysValues]()
         for block in self._text_blocks():
             rows, (q, k, v) = block.begin(x, about)
-            written.append((k, v))
+            written.append((k.contiguous(), v.contiguous()))
             if len(written) < len(self.words):  # the last block's tokens go nowhere
                 x = block.end(x, attend(q, k, v), rows)
         return written
