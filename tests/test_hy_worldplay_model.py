@@ -18,8 +18,9 @@ from worldstride.attention.written import in_float32
 from worldstride.camera import camera_from_pose
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay import layers, places, weights
-from worldstride.models.hy_worldplay.adapter import FIRST, HYContext, HYWorldPlay
+from worldstride.models.hy_worldplay.adapter import HYContext, HYWorldPlay
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.placed import FIRST
 from worldstride.protocol import Conditions, Costed, KeepsLatents, Recalled
 
 Tensors = dict[str, Tensor]

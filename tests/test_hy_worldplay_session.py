@@ -418,5 +418,5 @@ def test_parts_of_clips_and_chunks_without_labels_are_refused(small: Engine):
         session.step(FORWARD)
     still = torch.eye(4).expand(1, 4, 4, 4)
     encoded = small.model.encode_prompt(golden().prompt, small.attention)  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"needs a label for each of 4 new latents, got \(\)"):
+    with pytest.raises(InputError, match=r"needs a label for each of 4 latents, got \(\)"):
         small.model.prepare(Conditions(5, still, still, small.model.intrinsics, encoded=encoded))

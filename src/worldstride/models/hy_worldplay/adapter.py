@@ -13,26 +13,18 @@ from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, did_you_mean, integer_from
-from worldstride.models.hy_worldplay import cost, poses
+from worldstride.models.hy_worldplay import cost
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
-from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
-from worldstride.models.hy_worldplay.places import projections, rotary_table
-from worldstride.models.hy_worldplay.retrieval import EIGHT_B, ball_points, distances, overlap, visible
+from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
+from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.text import Prompt
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
-NEW, WINDOW, MEMORY, SINK = 4, 12, 4, 4
-"""Latents of a chunk, and of the context once the world is longer than all of it: most recent, retrieved, first."""
-STABLE = 14.0
-"""Noise level in thousandths that context latents are said to have; none is added."""
-FIRST = -1
-"""Label of a world's first latent: nothing led to it, and the given image conditions it."""
+WINDOW, MEMORY, SINK = 12, 4, 4
+"""Latents of the context once the world is longer than all of it: most recent, retrieved, first."""
 SHIFT = 5.0
 """Of the noise schedule."""
-RANKS = 64
-"""Latents of the longest context with a chunk: so many ranks have rotary angles at hand. Text has no rank, so those of
-latents count from the context's first one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,20 +76,18 @@ class HYInputs:
 
     condition: Tensor
     labels: Tensor
-    project: Tensor
-    unproject: Tensor
+    matrices: tuple[Tensor, Tensor]
+    """Projections [B, T, 4, 4] and their inverses."""
     text: tuple[KeysValues, ...]
     negative: bool = False
     """Whether this is the branch of the negative prompt."""
 
 
-class HYWorldPlay:
-    """`WorldModel` of the autoregressive models, distilled to a few steps.
+class HYWorldPlay(Placed):
+    """`WorldModel` of the autoregressive models: distilled to a few steps, or guided.
 
     Its text has no place, so worlds had best begin near the origin, looking ahead, as those it was trained on do.
     """
-
-    name = "hy_worldplay"
 
     def __init__(
         self, network: HYNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 4,
@@ -113,16 +103,11 @@ class HYWorldPlay:
             guidance: scale of classifier-free guidance of models that are not distilled; prompts then need negative
                 states, too.
         """
-        self.network, self.config, self.decoder = network, network.config, decoder
-        self.storage, self.steps, self.guidance = storage, steps, guidance
-        weight = network.enter.weight
-        self.device, self.dtype = weight.device, weight.dtype
         self.grid = (decoder.size[0] // 16, decoder.size[1] // 16)
+        super().__init__(network.config, decoder, network.enter.weight, self.grid)
+        self.network, self.config = network, network.config
+        self.storage, self.steps, self.guidance = storage, steps, guidance
         self.latent_shape = (self.config.channels, *self.grid)
-        self.intrinsics = poses.intrinsics().float()
-        ranks = torch.arange(RANKS, device=self.device)
-        tokens = rotary_table(ranks, *self.grid, self.config.rope, self.config.theta)
-        self._tables = tuple(t.unflatten(0, (RANKS, -1)) for t in tokens)  # [rank, n, head_dim / 2]
 
     def compile_passes(self) -> None:
         """Compile what stands around attention in the blocks, for any number of tokens; the decoder is not compiled."""
@@ -132,7 +117,7 @@ class HYWorldPlay:
         """4 latents: 13 frames in the first chunk, 16 in others. The context is the whole past up to 20 latents, then
         the first clip, one that is retrieved, and the last 12 latents."""
         frames, last = (13, (0, 4, 8, 12)) if k == 0 else (16, None)
-        return ChunkShape(NEW, frames, window=WINDOW, memory=MEMORY, sink=SINK, clip=NEW, last_frames=last)
+        return ChunkShape(self.new, frames, window=WINDOW, memory=MEMORY, sink=SINK, clip=self.new, last_frames=last)
 
     def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
         """Euler on a schedule shifted by 5."""
@@ -140,12 +125,6 @@ class HYWorldPlay:
         integer_from("steps", steps, 1)
         sigmas = shifted_sigmas(steps, SHIFT if shift is None else shift)
         return SamplerSpec(sigmas, storage=self.storage, guidance=self.guidance)
-
-    def image_prompt(self, frames: Tensor) -> Mapping[str, Tensor]:
-        """The latent of the one frame of uint8 [1, 1, H, W, 3]."""
-        if frames.shape[1] != 1:
-            raise InputError(f"HY-WorldPlay begins with one image, got {frames.shape[1]} frames")
-        return {"image": self.decoder.encode(frames[:, -1:])[:, 0]}
 
     def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> HYPrompt:
         """Text keys and values from encoder states "text" [1, L, ...], "glyphs" [1, G, ...] and "vision" [1, V, ...].
@@ -189,40 +168,14 @@ class HYWorldPlay:
         states |= {} if self.guidance is None else {"negative_text": (200, c.text)}
         return {name: torch.randn(1, *size, generator=generator) for name, size in states.items()}
 
-    def sample_points(self, generator: torch.Generator) -> Tensor:
-        """Points in the view of a camera; 50 000 are drawn in a ball, and one in twenty is seen."""
-        return visible(ball_points(EIGHT_B.points, EIGHT_B.radius, generator))
-
-    def recall(
-        self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int
-    ) -> tuple[list[int], list[float]]:
-        """The clips that saw most of what is coming; of equal ones the oldest. `InputError` on parts of clips."""
-        if count % NEW:
-            raise InputError(f"HY-WorldPlay brings back clips of {NEW} latents; memory must be a multiple, got {count}")
-        starts = [i for i in candidates[::NEW] if i + NEW - 1 <= candidates[-1]]
-        away = distances(cameras, coming, starts, points)
-        best = sorted(sorted(starts, key=away.__getitem__)[: count // NEW])
-        return [s + i for s in best for i in range(NEW)], [1 - away[s] for s in best for _ in range(NEW)]
-
-    def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
-        """See `Recalls.shown`."""
-        return overlap(coming, cameras, points).mean(0).tolist()
-
-    def label(self, cameras: Tensor, before: Tensor | None) -> tuple[int, ...]:
-        """Action labels 0 to 80; `FIRST` for a world's first latent."""
-        made = labels(cameras, before).tolist()
-        return tuple(made if before is not None else [FIRST, *made[1:]])
-
     def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
         """Places, labels and the first image of the coming latents."""
         c = conditions
         matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
         prompt = _prompt(c.encoded)
-        if len(c.led) != c.cameras.shape[1]:
-            raise InputError(f"HY-WorldPlay needs a label for each of {c.cameras.shape[1]} new latents, got {c.led}")
-        numbers = tuple(n if isinstance(n, int) else 0 for n in c.led)
+        numbers = self.numbered(c.led, c.cameras.shape[1])
         condition = self._condition(c.cameras.shape[0], numbers, prompt)
-        of = (condition, self._numbers(numbers), *matrices)
+        of = (condition, self.sent(numbers), matrices)
         return tuple(HYInputs(*of, text, negative=i > 0) for i, text in enumerate(prompt.branches))
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
@@ -253,7 +206,7 @@ class HYWorldPlay:
         if not kept:
             return HYContext((), None)
         every = torch.stack(list(kept), 4).flatten(4, 5)  # [B, depth, 2, heads, N, head_dim]
-        at = self._places(recalled)
+        at = self.places_of(recalled)
         pairs, depth = tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), self.config.depth
         return HYContext(pairs[:depth], at, negative=pairs[depth:])
 
@@ -262,12 +215,7 @@ class HYWorldPlay:
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The network's own prediction; `sigma` is a number or [B]."""
         held = _own(context)
-        if isinstance(sigma, Tensor):
-            levels = 1000 * sigma.float().reshape(-1, 1).expand(x.shape[:2])
-        else:  # a number is filled in on the device: a copy would wait for what is under way there
-            levels = torch.full(x.shape[:2], 1000 * sigma, device=self.device)
-        cos, sin = (t[held.latents : held.latents + x.shape[1]].flatten(0, 1) for t in self._tables)
-        at = Places(cos, sin, inputs.project, inputs.unproject)
+        at, levels = self.places_after(held.latents, inputs.matrices), self.levels(sigma, *x.shape[:2])
         frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), at)
         outer = list[Partial]() if held.apart else None
         past = held.negative if inputs.negative else held.keys_values
@@ -298,32 +246,13 @@ class HYWorldPlay:
         """What was denoised is what is remembered."""
         return clean
 
-    @property
-    def _tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
     def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[tuple[KeysValues, ...], ...]]:
         """Remembered latents as the network takes them, and the texts that they see, one a guidance branch."""
         x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
-        at = self._places(recalled)
-        numbers = tuple(n if isinstance(n, int) else 0 for n in recalled.led) or (0,) * x.shape[1]
-        condition = self._condition(len(x), numbers, prompt)
-        levels = torch.full(x.shape[:2], STABLE, device=self.device)
-        return Frames(x, condition, levels, self._numbers(numbers).expand(x.shape[:2]), at), prompt.branches
-
-    def _places(self, recalled: Recalled) -> Places:
-        """Places of remembered latents; their ranks count from the first of the whole context."""
-        whole = len(recalled.positions) if recalled.whole is None else recalled.whole
-        if whole + NEW > RANKS:
-            raise InputError(f"a context must have at most {RANKS - NEW} latents, got {whole}")
-        at = (recalled.positions + whole).to(self.device, non_blocking=True)
-        cos, sin = (table.index_select(0, at).flatten(0, 1) for table in self._tables)
-        intrinsics = self.intrinsics if recalled.intrinsics is None else recalled.intrinsics
-        cameras = recalled.cameras.to(self.device, non_blocking=True)
-        return Places(cos, sin, *projections(cameras, intrinsics.to(self.device)))
-
-    def _numbers(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor([max(n, 0) for n in numbers]).to(self.device, non_blocking=True)
+        at, count = self.places_of(recalled), x.shape[1]
+        numbers = self.numbered(recalled.led or [0] * count, count)
+        condition, levels = self._condition(len(x), numbers, prompt), self.levels(STABLE / 1000, len(x), count)
+        return Frames(x, condition, levels, self.sent(numbers).expand(x.shape[:2]), at), prompt.branches
 
     def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
         """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
