@@ -185,9 +185,9 @@ def test_foreign_weights_are_named(published: Path, change: Callable[[dict[str, 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda t: t.pop("decoder.conv_in.conv.bias"), r"first 'decoder.conv_in.conv.bias': .*\(8,\), found none"),
-        (lambda t: t.update(mystery=torch.zeros(2)), r"first 'mystery': expected none, found \(2,\)"),
-        (lambda t: t.update({"encoder.norm_out.gamma": torch.ones(3)}), "first 'encoder.norm_out.gamma'"),
+        (lambda t: t.pop("decoder.conv_in.conv.bias"), r"1 \(decoder.conv_in.conv.bias\) missing, none unknown"),
+        (lambda t: t.update(mystery=torch.zeros(2)), r"none missing, 1 \(mystery\) unknown"),
+        (lambda t: t.update({"encoder.norm_out.gamma": torch.ones(3)}), r"first encoder.norm_out.gamma: \[3\]"),
     ],
     ids=["missing", "foreign", "shape"],
 )
@@ -195,7 +195,7 @@ def test_foreign_weights_of_the_vae_are_named(
     published: Path, change: Callable[[dict[str, Tensor]], object], text: str
 ):
     rewrite(published / "vae" / "diffusion_pytorch_model.safetensors", change)
-    refused(published, f"vae: 1 tensors do not fit its configuration; {text}")
+    refused(published, f"vae.*{text}")
 
 
 def test_broken_indices_are_named(published: Path):
@@ -233,7 +233,7 @@ def test_broken_configurations_are_named(published: Path):
     codec.write_text(json.dumps({**VAE_JSON, "latent_chanels": 4}))
     refused(published, "unknown VAE setting 'latent_chanels'")
     codec.write_text(json.dumps({**VAE_JSON, "latent_channels": 2}))
-    refused(published, "tensors do not fit its configuration")
+    refused(published, "tensors do not fit the configuration")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
-from worldstride.models.hy_worldplay.weights import build
+from worldstride.models.hy_worldplay.weights import build, filled
 from worldstride.models.shards import Shards, find, read_json
 
 HEIGHT, WIDTH = 480, 832
@@ -98,18 +98,8 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
 def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoVAE, str]:
     tensors = _tensors(folder, f"folder vae of {_BASE}")
     config = folder / "config.json"
-    with torch.device("meta"):
-        vae = VideoVAE(VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig())
-    vae.requires_grad_(False)
-    expected = {name: tuple(t.shape) for name, t in vae.state_dict().items()}
-    found = {name: tuple(tensors[name].shape) for name in tensors}
-    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
-        name = wrong[0]
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors do not fit its configuration; first {name!r}: expected "
-            f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
-        )
-    vae.load_state_dict({name: tensors[name].to(device, dtype) for name in tensors}, assign=True)
+    settings = VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig()
+    vae = filled(lambda: VideoVAE(settings), None, tensors, str(folder), "VAE of its configuration", device, dtype)
     return vae.channels_last().eval(), tensors.fingerprint()
 
 

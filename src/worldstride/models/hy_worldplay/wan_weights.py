@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worldstride.models.hy_worldplay.wan import WanConfig, WanNetwork
-from worldstride.models.hy_worldplay.weights import Source, fill
+from worldstride.models.hy_worldplay.weights import Source, filled
 
 _LINEAR = {
     "enter": "patch_embedding", "leave": "proj_out", "rows": "condition_embedder.time_proj",
@@ -43,6 +43,7 @@ def sources(config: WanConfig) -> dict[str, Source]:
     made = {"table": Source(("scale_shift_table",))}
     for part in ("weight", "bias"):
         made.update({f"{ours}.{part}": Source((f"{theirs}.{part}",)) for ours, theirs in _LINEAR.items()})
+    made["enter.weight"] = Source(made["enter.weight"].names, "flat")
     for i in range(config.depth):
         of = f"blocks.{i}."
         made[f"{of}table"] = Source((f"{of}scale_shift_table",))
@@ -67,8 +68,5 @@ def build(
     Names are checked both ways. Raises `CheckpointError` that names what is missing, left over or of another shape;
     `origin` says in it where the tensors are from.
     """
-    with torch.device("meta"):
-        network = WanNetwork(config).requires_grad_(False)
     what = f"HY-WorldPlay WAN transformer of {config.depth} blocks"
-    fill(network, sources(config), tensors, origin, what, device, dtype)
-    return network
+    return filled(lambda: WanNetwork(config), sources(config), tensors, origin, what, device, dtype)

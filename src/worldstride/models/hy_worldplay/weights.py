@@ -5,9 +5,9 @@ Queries, keys and values of a block are one matrix here, and so are the projecti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from worldstride.errors import CheckpointError
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.model import HYNetwork
 
-How = Literal["as it is", "rows", "columns", "sum"]
+Network = TypeVar("Network", bound=nn.Module)
+How = Literal["as it is", "flat", "rows", "columns", "sum"]
 
 _LINEAR = {
     "enter": "img_in.proj", "level.first": "time_in.mlp.0", "level.second": "time_in.mlp.2",
@@ -42,14 +43,14 @@ class Source:
     names: tuple[str, ...]
     """Tensors of the file."""
     how: How = "as it is"
-    """What is made of several: put one below the other, side by side, or added."""
+    """What is made of them: a matrix of a convolution; of several, one below the other, side by side, or added."""
 
     def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor here, from the file's."""
         parts = [tensors[name] for name in self.names]
-        if self.how == "as it is":
+        if self.how in ("as it is", "flat"):
             (one,) = parts
-            return one.flatten(1) if one.dim() == 5 else one  # a convolution over single points
+            return one.flatten(1) if self.how == "flat" else one
         return sum(parts[1:], parts[0]) if self.how == "sum" else torch.cat(parts, 0 if self.how == "rows" else 1)
 
 
@@ -63,6 +64,7 @@ def sources(config: HYConfig) -> dict[str, Source]:
 
     for ours, theirs in _LINEAR.items():
         linear(ours, theirs)
+    made["enter.weight"] = Source(made["enter.weight"].names, "flat")
     for i in range(2):
         for ours, theirs in _REFINER.items():
             linear(f"prompt.refiner.blocks.{i}.{ours}", f"txt_in.individual_token_refiner.blocks.{i}.{theirs}")
@@ -92,35 +94,37 @@ def build(
     Names are checked both ways. Raises `CheckpointError` that names what is missing, left over or of another shape;
     `origin` says in it where the tensors are from.
     """
-    with torch.device("meta"):
-        network = HYNetwork(config).requires_grad_(False)
     what = f"HY-WorldPlay transformer of {config.depth} blocks"
-    fill(network, sources(config), tensors, origin, what, device, dtype)
-    return network
+    return filled(lambda: HYNetwork(config), sources(config), tensors, origin, what, device, dtype)
 
 
-def fill(
-    network: nn.Module, table: Mapping[str, Source], tensors: Mapping[str, Tensor], origin: str, what: str,
-    device: torch.device | None, dtype: torch.dtype | None,
-) -> None:  # fmt: skip
-    """Give every tensor of a network that is `what` its published weights; see `build`."""
+def filled(
+    make: Callable[[], Network], table: Mapping[str, Source] | None, tensors: Mapping[str, Tensor], origin: str,
+    what: str, device: torch.device | None = None, dtype: torch.dtype | None = None,
+) -> Network:  # fmt: skip
+    """A network that is `what`, its tensors made from published ones; see `build`. No table: of the same names."""
+    with torch.device("meta"):
+        network = make().requires_grad_(False)
+    expected = network.state_dict()
+    table = {name: Source((name,)) for name in expected} if table is None else table
     wanted = {name for source in table.values() for name in source.names}
     missing, foreign = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or foreign:
         raise CheckpointError(f"{origin} is no {what}: {_listed(missing)} missing, {_listed(foreign)} unknown")
     made, wrong = dict[str, Tensor](), list[str]()
-    for name, expected in network.state_dict().items():
+    for name, like in expected.items():
         source = table[name]
         try:
             made[name] = source.make(tensors).to(device, dtype)
         except RuntimeError:  # parts that do not go together
             wrong.append(f"{source.names[0]}: {[list(tensors[n].shape) for n in source.names]}")
             continue
-        if made[name].shape != expected.shape:
-            wrong.append(f"{source.names[0]}: {list(made[name].shape)} where {list(expected.shape)} is right")
+        if made[name].shape != like.shape:
+            wrong.append(f"{source.names[0]}: {list(made[name].shape)} where {list(like.shape)} is right")
     if wrong:
         raise CheckpointError(f"{origin}: {len(wrong)} tensors do not fit the configuration; first {wrong[0]}")
     network.load_state_dict(made, assign=True)
+    return network
 
 
 def _listed(names: list[str]) -> str:
