@@ -14,8 +14,8 @@ from torch import Tensor
 
 from attending import normal
 from worldstride import Acceleration
-from worldstride.acceleration import AttentionReuse, resolve, save_settings
-from worldstride.attention import Selection, SparseAttend, Sparsity, attend, reference, sparse, sparsity
+from worldstride.acceleration import resolve, save_settings
+from worldstride.attention import Selection, SparseAttend, Sparsity, attend, merge, reference, sparse, sparsity
 from worldstride.attention.cost import Decision, Rates
 from worldstride.attention.layout import Layout, boxes, join, serpentine
 from worldstride.attention.preparation import KeyCache
@@ -153,16 +153,48 @@ def test_first_layers_attend_to_everything():
     assert owner.report().calls == {"dense": 4, "sparse": 4}
 
 
-def test_what_a_pass_makes_anew_is_attended_to_densely():
-    """A chunk without context, and new context latents beside kept ones; both are counted."""
+def test_what_a_chunk_makes_anew_is_attended_to_densely():
+    """A chunk without context, which is counted."""
     low = Selection(keep=0.0)
     owner = SparseAttend(attend, asking(denoise=low, context=low), GRID, SEGMENTS)
-    given, inner = chunk_inputs(), tensors(5, 7)
+    inner = tensors(5, 7)
     assert near(owner.at(1, "chunk").within(*inner), reference(*inner))
-    assert near(owner.at(1, "context").chunk(*given), dense_truth(*given))
     report = owner.report()
-    assert (report.calls, report.density) == ({"dense": 2}, {"chunk": 1.0, "context": 1.0})
+    assert (report.calls, report.density) == ({"dense": 1}, {"chunk": 1.0})
     assert (report.decisions, report.bytes) == ({}, 0)
+
+
+def test_new_context_latents_choose_among_kept_ones_by_the_contexts_rule():
+    given = chunk_inputs()
+    owner = SparseAttend(attend, asking(denoise=ALL, context=Selection(keep=0.3)), GRID, SEGMENTS)
+    other = SparseAttend(attend, asking(denoise=Selection(keep=0.3)), GRID, SEGMENTS)
+    assert torch.equal(owner.at(1, "context").chunk(*given), other.at(1, "chunk").chunk(*given))
+    assert owner.report().density["context"] == other.report().density["chunk"] < 1
+
+
+@pytest.mark.parametrize("words", [0, 5, 200])
+@pytest.mark.parametrize("kind", ["chunk", "context"])
+def test_joined_keys_are_attended_to_as_parts_are(kind: Any, words: int):
+    """What may be left out stands first; text, on no grid, and the new tokens come behind it in any order."""
+    q, past, own = chunk_inputs()
+    text = tuple(normal(2, HEADS, words, CHANNELS, seed=90 + i) for i in range(2))
+    keys, values = (torch.cat(parts, 2) for parts in zip(past, text, own, strict=True))
+    free, truth = past[0].shape[2], reference(q, keys, values)
+    for low, alike in ((Selection(keep=0.3), False), (ALL, True)):
+        layer = SparseAttend(attend, asking(denoise=low, context=low), GRID, SEGMENTS).at(1, kind)
+        got = layer.joined(q, keys, values, free)
+        assert near(got, truth) is alike
+        part = layer.joined(q, keys, values, free, lse=True)
+        assert torch.allclose(part.out, got, atol=1e-6)
+        assert torch.allclose(part.lse, attend(q, keys, values, lse=True).lse, atol=1e-5) is alike
+        if not words:
+            assert near(got, layer.chunk(q, past, own).double())
+        # the context alone, joined with the rest afterwards
+        far = layer.joined(q, *past, free, lse=True)
+        near_by = attend(q, keys[:, :, free:], values[:, :, free:], lse=True)
+        assert near(merge(far, near_by).out, got.double())
+        assert layer.bytes == 0 or not words  # nothing of joined keys is kept
+    assert torch.equal(layer.joined(q, keys, values, 0), attend(q, keys, values))
 
 
 def test_whoever_knows_no_blocks_gets_dense_attention():
@@ -355,10 +387,12 @@ def test_no_block_reaches_from_one_part_of_the_context_into_another(style: str):
     kept = owner.own(5, torch.device("cpu"))  # nor is a chunk of as many latents cut
     assert torch.equal(kept.order, make((5, *GRID), TILE).order)
     assert (kept.free, bool(kept.kept.all())) == (0, True)
-    both = owner.joined(5, 2, torch.device("cpu"))
+    both = owner.every(5, 2, 0, torch.device("cpu"))
     assert torch.equal(both.order[: layout.tokens], layout.order)
     assert torch.equal(both.order[layout.tokens :], owner.own(2, torch.device("cpu")).order + layout.tokens)
     assert (both.free, both.kept.tolist()) == (layout.blocks, [i >= layout.blocks for i in range(both.blocks)])
+    text = owner.every(5, 0, 130, torch.device("cpu"))
+    assert (text.tokens, text.free, text.sizes[-2:].tolist()) == (layout.tokens + 130, layout.blocks, [128, 2])
 
 
 # settings
@@ -420,11 +454,6 @@ WRONG = [
 def test_settings_that_cannot_be_are_named(given: dict[str, Any], text: str):
     with pytest.raises(InputError, match=text):
         Sparsity(**{"denoise": ALL, **given})
-
-
-def test_reuse_and_sparsity_exclude_each_other():
-    with pytest.raises(InputError, match=r"acceleration\.attention .* and acceleration\.sparsity cannot be combined"):
-        Acceleration("both", attention=AttentionReuse(), sparsity=FULL)
 
 
 LEVERS = sorted((Path(__file__).parents[1] / "benchmarks" / "levers").glob("sparse-*.toml"))

@@ -58,19 +58,19 @@ def test_streams_see_differences_of_places_only():
     assert error(attended(moved(at, True), where, empty), plain) > 1e-2  # type: ignore[arg-type]
 
 
-def test_keys_are_text_then_context_then_own():
+def test_keys_are_context_then_text_then_own():
     at, where = places_of(2, 3), places_of(1, 3, seed=3)
     (_, k, v), (_, past_k, past_v) = tokens(6, 1), tokens(3, 2)
     text = normal(1, HEADS, 4, E, seed=7), normal(1, HEADS, 4, E, seed=8)
     keys, values = streams.every_key(text, (past_k, past_v), where, (k, v), at)
     assert keys.shape == values.shape == (2, HEADS, 13, E)
     for of, got in zip(text, (keys, values), strict=True):
-        assert all(torch.equal(got[i, :, :4], of[0]) for i in (0, 1))
-    assert torch.equal(keys[:1, :, 4:7], streams.turn(past_k, where.cos, where.sin))
+        assert all(torch.equal(got[i, :, 3:7], of[0]) for i in (0, 1))
+    assert torch.equal(keys[:1, :, :3], streams.turn(past_k, where.cos, where.sin))
     assert torch.equal(keys[1:, :, 7:], streams.carry(k, at.unproject))
-    assert torch.equal(values[:1, :, 4:], torch.cat([past_v, v], 2))
+    assert torch.equal(values[:1, :, [0, 1, 2, *range(7, 13)]], torch.cat([past_v, v], 2))
     alone = streams.every_key(text, None, None, (k, v), at)
-    assert torch.equal(alone[0], torch.cat([keys[:, :, :4], keys[:, :, 7:]], 2))
+    assert torch.equal(alone[0], keys[:, :, 3:])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; on a GPU the kernels run compiled")

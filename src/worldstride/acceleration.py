@@ -78,11 +78,6 @@ class Acceleration:
                 f"acceleration.adaptive.few must be below acceleration.steps, {self.steps}, got {self.adaptive.few}: "
                 "it is the number of steps where less is needed"
             )
-        if self.sparsity is not None and self.attention is not None:
-            raise InputError(
-                "acceleration.attention (reuse within a chunk) and acceleration.sparsity cannot be combined: what is "
-                "reused is attention to the whole context; set one of them"
-            )
         if self.solver not in (None, "euler", "unipc"):
             raise InputError(f"acceleration.solver must be euler or unipc, got {self.solver!r}")
         if not isinstance(self.name, str) or not self.name:

@@ -169,10 +169,7 @@ class _Batch:
 
     def sparsity(self, attend: Attend) -> SparsityReport | None:
         """What block-sparse attention did, where it was asked for."""
-        if not isinstance(attend, SparseAttend):
-            return None
-        compiled = self.pending[0].session.engine.source.compiled
-        return replace(attend.report(), note="the model's blocks ran uncompiled" if compiled else "")
+        return attend.report() if isinstance(attend, SparseAttend) else None
 
     def latents(self, places: Sequence[int]) -> Tensor:
         """Latents [B, n, ...] of some places of the context."""

@@ -7,7 +7,7 @@ from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import KeyCache, Preparation, prepare_queries
 from worldstride.attention.selection import BlockList, Selection, select
 from worldstride.attention.sparse import attend_blocks
-from worldstride.attention.sparsity import LayerAttend, SparseAttend, Sparsity, SparsityReport
+from worldstride.attention.sparsity import LayerAttend, SparseAttend, Sparsity, SparsityReport, of_layer
 
 __all__ = [
     "Attend",
@@ -27,6 +27,7 @@ __all__ = [
     "boxes",
     "join",
     "merge",
+    "of_layer",
     "prepare_queries",
     "reference",
     "runs",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from worldstride.attention.cost import Decision, Rates, Shape, Way, decide
 from worldstride.attention.dense import Attend, Attending
-from worldstride.attention.layout import STYLES, Layout, Style, join
+from worldstride.attention.layout import STYLES, Layout, Style, join, runs
 from worldstride.attention.partial import Partial, merge
 from worldstride.attention.preparation import KeyCache, prepare_queries
 from worldstride.attention.selection import PARTS, BlockList, Selection, density, select
@@ -33,7 +33,8 @@ class Sparsity:
     denoise: Selection | None = None
     """What the chunk's queries choose from the context; None attends to all of it."""
     context: Selection | None = None
-    """What context latents choose from each other while they are encoded together; None attends to all."""
+    """What context latents choose from each other while they are encoded together, and new ones from those that were
+    kept; None attends to all."""
     dense_layers: int = 1
     """First layers that attend to everything; published deployments keep one."""
     expect: float = 0.5
@@ -103,7 +104,7 @@ class SparseAttend(Attending):
         self._decisions: dict[str, Decision] = {}
         self._calls: dict[Way, int] = {"dense": 0, "sparse": 0, "hybrid": 0}
         self._densities: dict[str, list[tuple[Tensor | float, int]]] = {}
-        self._implementation = "none"
+        self._implementation, self._remark = "none", ""
         self._layers: dict[tuple[Pass, int], LayerAttend] = {}
 
     def at(self, layer: int, kind: Pass) -> LayerAttend:
@@ -123,28 +124,33 @@ class SparseAttend(Attending):
             density[kind] = sum(share * n for share, n in pairs) / sum(n for _, n in pairs)
         calls = {way: n for way, n in self._calls.items() if n}
         held = sum(layer.bytes for layer in self._layers.values())
-        return SparsityReport(calls, density, self._implementation, dict(self._decisions), held)
+        return SparsityReport(calls, density, self._implementation, dict(self._decisions), held, self._remark)
 
     def layout(self, frames: int, device: torch.device) -> Layout:
         """Blocks of context latents, which lie within its segments."""
         parts = self.segments if sum(self.segments) == frames else (frames,)
-        return self._made((parts, ()), device)
+        return self._made((parts, (), 0), device)
 
     def own(self, frames: int, device: torch.device) -> Layout:
         """Blocks of a chunk's latents, always attended to."""
-        return self._made(((), (frames,)), device)
+        return self._made(((), (frames,), 0), device)
 
-    def joined(self, past: int, frames: int, device: torch.device) -> Layout:
-        """Blocks of the context's latents and then of the chunk's."""
-        parts = self.segments if sum(self.segments) == past else (past,)
-        return self._made((parts, (frames,)), device)
+    def every(self, past: int, frames: int, rest: int, device: torch.device) -> Layout:
+        """Blocks of the context's latents, then of the chunk's, then of tokens that lie on no grid."""
+        parts = self.segments if sum(self.segments) == past else (past,) if past else ()
+        return self._made((parts, (frames,) if frames else (), rest), device)
 
-    def _made(self, parts: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device) -> Layout:
+    def remark(self, text: str) -> None:
+        """Something that the report is to say."""
+        self._remark = text
+
+    def _made(self, parts: tuple[tuple[int, ...], tuple[int, ...], int], device: torch.device) -> Layout:
         """Made on the host and sent to the device once: joining what is on a device would wait for it."""
         key = (parts, self.grid, self.settings.tile, self.settings.layout, str(device))
         if key not in self._layouts:
             make = STYLES[self.settings.layout]
-            free, kept = ([make((n, *self.grid), self.settings.tile) for n in some] for some in parts)
+            free, kept = ([make((n, *self.grid), self.settings.tile) for n in some] for some in parts[:2])
+            kept += [runs(parts[2])] if parts[2] else []
             self._layouts[key] = join([*free, *(k.always() for k in kept)]).to(device)
         return self._layouts[key]
 
@@ -200,61 +206,97 @@ class LayerAttend(Attending):
 
         Sparse where they are context latents; a chunk's own are always attended to.
         """
+        return self.joined(q, k, v, k.shape[2] if self._kind == "context" else 0)
+
+    @overload
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[True]) -> Partial: ...
+
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: bool = False) -> Tensor | Partial:
+        """New tokens attend to keys and values [B, H, Nk, E], of which `free` ones may be left out: the context's.
+
+        These come first, in natural order; all others are attended to, in whatever order they lie. Blocks are not
+        kept for a next call. Returns the output [B, H, Nq, E], with `lse` as a `Partial`.
+        """
         rule, owner = self._rule, self._owner
-        if rule is None or not self._sparse or self._kind == "chunk":
-            return self._densely(q, k, v)
-        layout = owner.layout(q.shape[2] // (owner.grid[0] * owner.grid[1]), q.device)
-        decision = owner.decided("context", q, layout, layout, 0, rule)
-        if decision.way == "dense":
-            return self._densely(q, k, v)
-        guarded = rule.guard is not None
-        cache = KeyCache([layout], k.shape[0], k.shape[1], k.shape[3], k.dtype, alike=guarded, joined=layout)
-        cache.write(0, k, v)
-        queries = prepare_queries(q, layout, alike=guarded)
-        listed = select(queries.summary, cache.summary, layout, layout, rule)
-        owner.note("context", "sparse", q, k.shape[2], _share(listed, layout, layout, 0, rule))
-        return attend_blocks(queries.x, cache.k, cache.v, listed, layout, layout).out
+        if rule is None or not self._sparse or not free:
+            return self._densely(q, k, v, lse)
+        tokens = owner.grid[0] * owner.grid[1]
+        each, rest = free // tokens, k.shape[2] - free
+        alone = q.shape[2] == free and self._kind == "context"
+        queries = owner.layout(each, q.device) if alone else owner.own(q.shape[2] // tokens, q.device)
+        keys = owner.every(each, 0, rest, q.device)
+        way = owner.decided(self._kind, q, queries, keys, rest, rule).way
+        if way == "dense":
+            return self._densely(q, k, v, lse)
+        guarded, spans = rule.guard is not None, [owner.layout(each, q.device)]
+        if rest:
+            spans.append(owner.every(0, 0, rest, q.device))
+        cache = KeyCache(spans, q.shape[0], q.shape[1], q.shape[3], q.dtype, PARTS, guarded, keys)
+        for i, some in enumerate((slice(free), slice(free, None))[: len(spans)]):
+            cache.write(i, k[:, :, some], v[:, :, some])
+        made = self._chosen(way, q, queries, cache, (k[:, :, free:], v[:, :, free:]), rule)
+        return made if lse else made.out
 
     def chunk(self, q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
         """New tokens attend to the context and to themselves: [B, H, Nq, E], all in natural order.
 
         Args:
-            q: queries [B, H, Nq, E] of the chunk; of new context latents, where the others were kept, which attend
-                densely.
+            q: queries [B, H, Nq, E] of the chunk, or of new context latents, where the others were kept.
             past: keys and values [B, H, Np, E] of the context; put in blocks once for as long as they are the same.
             own: keys and values [B, H, Nq, E] of the new tokens.
         """
         rule, owner = self._rule, self._owner
-        if rule is None or not self._sparse or self._kind == "context":
+        if rule is None or not self._sparse:
             return self._to_all(q, past, own)
-        tokens, guarded = owner.grid[0] * owner.grid[1], rule.guard is not None
+        tokens = owner.grid[0] * owner.grid[1]
         before, made = past[0].shape[2] // tokens, q.shape[2] // tokens
-        queries, keys = owner.own(made, q.device), owner.joined(before, made, q.device)
-        decision = owner.decided("chunk", q, queries, keys, queries.tokens, rule)
-        if decision.way == "dense":
+        queries, keys = owner.own(made, q.device), owner.every(before, made, 0, q.device)
+        way = owner.decided(self._kind, q, queries, keys, queries.tokens, rule).way
+        if way == "dense":
             return self._to_all(q, past, own)
         if self._cache is None or self._past is not past[0]:
             spans = [owner.layout(before, q.device), queries]
+            guarded = rule.guard is not None
             self._cache = KeyCache(spans, q.shape[0], q.shape[1], q.shape[3], q.dtype, PARTS, guarded, keys)
             self._cache.write(0, *past)
             self._past = past[0]
-        cache = self._cache
-        cache.write(1, *own)
-        blocks = prepare_queries(q, queries, alike=guarded)
-        listed = select(blocks.summary, cache.summary, queries, keys, rule)
-        owner.note("chunk", decision.way, q, keys.tokens, _share(listed, queries, keys, queries.tokens, rule))
-        if decision.way == "sparse":
-            return attend_blocks(blocks.x, cache.k, cache.v, listed, queries, keys).out
-        far = attend_blocks(blocks.x, cache.k, cache.v, without(listed, keys), queries, keys)
-        return merge(far, owner.dense(q, *own, lse=True)).out
+        self._cache.write(1, *own)
+        return self._chosen(way, q, queries, self._cache, own, rule).out
+
+    def _chosen(
+        self, way: Way, q: Tensor, layout: Layout, cache: KeyCache, always: tuple[Tensor, Tensor], rule: Selection
+    ) -> Partial:
+        """Queries attend to blocks that the rule chooses and to those that the cache's layout keeps: `always`."""
+        keys, kept = cache.layout, always[0].shape[2]
+        blocks = prepare_queries(q, layout, alike=rule.guard is not None)
+        listed = select(blocks.summary, cache.summary, layout, keys, rule)
+        self._owner.note(self._kind, way, q, keys.tokens, _share(listed, layout, keys, kept, rule))
+        if way == "sparse":
+            return attend_blocks(blocks.x, cache.k, cache.v, listed, layout, keys)
+        far = attend_blocks(blocks.x, cache.k, cache.v, without(listed, keys), layout, keys)
+        return merge(far, self._owner.dense(q, *always, lse=True))
 
     def _to_all(self, q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
-        return self._densely(q, torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
+        return self._densely(q, torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2), False)
 
-    def _densely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @overload
+    def _densely(self, q: Tensor, k: Tensor, v: Tensor, lse: Literal[False]) -> Tensor: ...
+
+    @overload
+    def _densely(self, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Tensor | Partial: ...
+
+    def _densely(self, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Tensor | Partial:
         if self._rule is not None:
             self._owner.note(self._kind, "dense", q, k.shape[2])
-        return self._owner.dense(q, k, v)
+        return self.attended(q, k, v, None, lse)
+
+
+def of_layer(attend: Attend, layer: int, kind: Pass) -> Attend:
+    """How the tokens of one layer attend in one pass: a `LayerAttend`, if attention is sparse."""
+    return attend.at(layer, kind) if isinstance(attend, SparseAttend) else attend
 
 
 def _share(listed: BlockList, queries: Layout, keys: Layout, kept: int, rule: Selection) -> Tensor | float:

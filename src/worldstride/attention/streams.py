@@ -67,17 +67,17 @@ def of_keys(k: Tensor, v: Tensor, at: Places) -> KeysValues:
 def every_key(
     text: KeysValues, context: KeysValues | None, where: Places | None, own: KeysValues, at: Places
 ) -> KeysValues:
-    """Keys and values [2 B, heads, L + Nc + N, E] of text [1, heads, L, E], context and a chunk's own tokens.
+    """Keys and values [2 B, heads, Nc + L + N, E] of context, text [1, heads, L, E] and a chunk's own tokens.
 
-    Text has no place: it is alike in both streams, and for all worlds.
+    The context comes first, so that what may be left out lies together. Text has no place: it is alike in both
+    streams, and for all worlds.
     """
     if _fused(own[0]):
         past = (None,) * 5 if context is None or where is None else (*context, where.cos, where.sin, where.unproject)
         return place_keys(*text, *past, *own, at.cos, at.sin, at.unproject)
     batch = 2 * len(own[0])
-    parts = [tuple(t.expand(batch, -1, -1, -1) for t in text)]
-    if context is not None and where is not None:
-        parts.append(of_keys(*context, where))
+    parts = [] if context is None or where is None else [of_keys(*context, where)]
+    parts.append((text[0].expand(batch, -1, -1, -1), text[1].expand(batch, -1, -1, -1)))
     if own[0].shape[2]:
         parts.append(of_keys(*own, at))
     keys, values = (torch.cat(of, 2) for of in zip(*parts, strict=True))
@@ -125,13 +125,13 @@ def place_keys(
     words, past = text_k.shape[2], 0 if past_k is None else past_k.shape[2]
     keys = k.new_empty(2 * batch, heads, words + past + tokens, channels)
     values = torch.empty_like(keys)
-    spans = (slice(words), slice(words, words + past), slice(words + past, None))
+    spans = (slice(past), slice(past, words + past), slice(words + past, None))
     for made, text, before, own, turns in ((keys, text_k, past_k, k, True), (values, text_v, past_v, v, False)):
         first, second = made.chunk(2)
-        launch(text.expand(batch, -1, -1, -1), None, None, first[:, :, spans[0]], second[:, :, spans[0]])
+        launch(text.expand(batch, -1, -1, -1), None, None, first[:, :, spans[1]], second[:, :, spans[1]])
         if before is not None and past_cos is not None and past_sin is not None:
             table = (past_cos, past_sin) if turns else None
-            launch(before, table, past_unproject, first[:, :, spans[1]], second[:, :, spans[1]])
+            launch(before, table, past_unproject, first[:, :, spans[0]], second[:, :, spans[0]])
         launch(own, (cos, sin) if turns else None, unproject, first[:, :, spans[2]], second[:, :, spans[2]])
     return keys, values
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride import rope
-from worldstride.attention import Attend, LayerAttend, Partial, SparseAttend, merge
+from worldstride.attention import Attend, LayerAttend, Partial, SparseAttend, merge, of_layer
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.geometry import FEATURES, Geometry, projective_channels
 
@@ -98,11 +98,14 @@ class Block(nn.Module):
             return merge(context, attend(q, k, v, lse=True)).out, context
         share = q.shape[0] // context[0].shape[0]
         past_k, past_v = (t.repeat_interleave(share, 0) if share > 1 else t for t in context)
+        if isinstance(attend, LayerAttend) and share == 1:
+            if not split:
+                return attend.chunk(q, (past_k, past_v), (k, v)), None
+            outer = attend.joined(q, past_k, past_v, past_k.shape[2], lse=True)
+            return merge(outer, attend.joined(q, k, v, 0, lse=True)).out, outer
         if split:
             outer = attend(q, past_k, past_v, lse=True)
             return merge(outer, attend(q, k, v, lse=True)).out, outer
-        if isinstance(attend, LayerAttend) and share == 1:
-            return attend.chunk(q, (past_k, past_v), (k, v)), None
         return attend(q, torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)), None
 
     def _place(
@@ -271,9 +274,9 @@ class CourtyardNetwork(nn.Module):
 
     def how(self, attend: Attend, layer: int, kind: Literal["context", "chunk"]) -> tuple[Callable[..., Any], Attend]:
         """What runs a block, and how its tokens attend. Sparse attention keeps blocks between calls: not compiled."""
-        if isinstance(attend, SparseAttend):
-            return Block.forward, attend.at(layer, kind)
-        return self.run, attend
+        if isinstance(attend, SparseAttend) and self.run is not Block.forward:
+            attend.remark("the model's blocks ran uncompiled")
+        return Block.forward if isinstance(attend, SparseAttend) else self.run, of_layer(attend, layer, kind)
 
     def tokens(self, patches: Tensor, layer: nn.Linear, geometry: Geometry) -> Tensor:
         """Tokens [B, F n, width] of patches [B, F, n, values] through the layer for clean or for noisy ones."""

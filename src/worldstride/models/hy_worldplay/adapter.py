@@ -238,6 +238,11 @@ class HYWorldPlay(Placed):
         """See `Costed.evaluation_flops`; attention to text is left out."""
         return cost.evaluation_flops(self.config, self._tokens, latents, context)
 
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """See `AttendsSparsely.token_grid`."""
+        return self.grid
+
     def clamp(self, x: Tensor, inputs: HYInputs) -> Tensor:
         """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
         return x

@@ -1,0 +1,88 @@
+"""HY-WorldPlay with block-sparse attention: alone, with kept context, with reused attention, and all together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hy_golden import begin, engine, relative
+from worldstride import Acceleration, Engine, Session
+from worldstride.acceleration import AttentionReuse
+from worldstride.attention import Selection, Sparsity
+from worldstride.context.kept import KeptContext
+from worldstride.control import Action
+
+WALK = tuple(Action({key}) for key in ("KeyW", "KeyW", "ArrowRight", "KeyW", "KeyS", "KeyS"))
+KEPT, REUSED = KeptContext(limit=24), AttentionReuse(2)
+
+
+@pytest.fixture(scope="module")
+def small() -> Engine:
+    """Frames of 32 x 48 pixels: 2 x 3 tokens a latent."""
+    return engine()
+
+
+def sparse(keep: float, context: bool = True) -> Sparsity:
+    rule = Selection("mass", keep)
+    return Sparsity((1, 2, 2), denoise=rule, context=rule if context else None, dense_layers=0, obey=True)
+
+
+def played(of: Engine, **levers: Any) -> tuple[Session, list[Any]]:
+    session = begin(of)
+    session.acceleration = Acceleration("some", **levers)
+    return session, [session.step(action).report for action in WALK]
+
+
+def made(session: Session) -> torch.Tensor:
+    return torch.stack([e.latent for e in session.history.entries])
+
+
+@pytest.mark.parametrize(
+    "levers", [{}, {"kept": KEPT}, {"attention": REUSED}, {"kept": KEPT, "attention": REUSED}], ids=str
+)
+def test_keeping_every_block_changes_nothing(small: Engine, levers: dict[str, Any]):
+    plain, _ = played(small, **levers)
+    same, reports = played(small, sparsity=sparse(1.0), **levers)
+    assert relative(made(same), made(plain)) < 1e-4
+    assert reports[-1].sparsity.calls["sparse"] > 0
+    assert reports[-1].sparsity.density["chunk"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("levers", [{}, {"kept": KEPT}, {"attention": REUSED}], ids=str)
+def test_leaving_blocks_out_costs_less_and_is_seen(small: Engine, levers: dict[str, Any]):
+    plain, full = played(small, **levers)
+    other, reports = played(small, sparsity=sparse(0.3), **levers)
+    # the first two chunks have nothing, or next to nothing, to leave out
+    assert relative(made(other)[:4], made(plain)[:4]) < 1e-5
+    assert relative(made(other)[8:], made(plain)[8:]) > 1e-3
+    last = reports[-1].sparsity
+    assert 0.3 < last.density["chunk"] < 0.7  # text and the chunk's own tokens are always attended to
+    assert 0.3 < last.density["context"] < 0.8
+    assert (last.bytes, last.note) == (0, "")
+    for stage in ("context", "denoise"):
+        assert reports[-1].flops[stage] < full[-1].flops[stage]
+    assert "sparsity" in reports[-1].levers
+
+
+def test_the_context_alone_may_be_left_whole(small: Engine):
+    _, reports = played(small, sparsity=sparse(0.3, context=False))
+    assert set(reports[-1].sparsity.density) == {"chunk"}
+
+
+def test_both_streams_choose_for_themselves(small: Engine, monkeypatch: pytest.MonkeyPatch):
+    """The second stream sees cameras: where it chooses as the first does, something was lost on the way."""
+    from worldstride.attention import sparsity
+
+    chosen = list[torch.Tensor]()
+    select = sparsity.select
+
+    def watched(*args: Any) -> Any:
+        found = select(*args)
+        chosen.append(found.table())
+        return found
+
+    monkeypatch.setattr(sparsity, "select", watched)
+    played(small, sparsity=sparse(0.3))
+    assert any(not torch.equal(*table.chunk(2)) for table in chosen)
