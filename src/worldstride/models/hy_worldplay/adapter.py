@@ -19,7 +19,7 @@ from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.places import projections, rotary_table
 from worldstride.models.hy_worldplay.retrieval import EIGHT_B, ball_points, distances, overlap, visible
-from worldstride.models.hy_worldplay.text import Prompt
+from worldstride.models.hy_worldplay.text import STATES, Prompt
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 NEW, WINDOW, MEMORY, SINK = 4, 12, 4, 4
@@ -153,8 +153,7 @@ class HYWorldPlay:
         "text_mask" and "glyphs_mask" may leave rows out. A guided model needs "negative_text" and the like, too; the
         image's states are the same. Raises `InputError` on what is missing or does not fit.
         """
-        kinds = ("text", "text_mask", "glyphs", "glyphs_mask")
-        known = [*kinds, "vision", "image", *(f"negative_{kind}" for kind in kinds)]
+        known = [*STATES, "image"]
         for name in prompt:
             if name not in known:
                 raise InputError(
