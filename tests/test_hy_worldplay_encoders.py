@@ -221,6 +221,8 @@ def test_foreign_weights_are_refused_and_not_made_up(broken: Path):
         file.write_bytes(b"nothing")
         refused(broken, f"transformers cannot read .*{folder}")
         save_file(good, file, {"format": "pt"})
+    (broken / "tokenizer" / "chat_template.jinja").write_text("<|im_start|>")
+    refused(broken, "the chat template of the language model leaves out what users say")
     (broken / "tokenizer" / "chat_template.jinja").unlink()
     refused(broken, "the tokenizer has no chat template")
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from worldstride.errors import InputError
+from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay import encoder_files
 from worldstride.models.hy_worldplay.prompts import fit_image
 
@@ -70,9 +70,11 @@ class PromptEncoders:
     def _text(self, texts: list[str]) -> list[Tensor]:
         model, tokenizer = encoder_files.language_model(self.path, self.dtype)
         pipeline = _pipeline(text_encoder=model.to(self.device), tokenizer=tokenizer)
-        first, *_ = chats = [_tokens(tokenizer, pipeline.system_message, word) for word in ("a", "b")]
-        # what every chat begins with is the template's; with Qwen's tokenizer as many tokens as diffusers counts
-        crop = next(i for i in range(len(first)) if first[i] != chats[1][i])
+        # what all chats begin with is the template's; with Qwen's tokenizer as many tokens as diffusers counts
+        first, second = (_tokens(tokenizer, pipeline.system_message, word) for word in ("a", "b"))
+        crop = next((i for i in range(min(len(first), len(second))) if first[i] != second[i]), None)
+        if crop is None:
+            raise CheckpointError(f"{self.path}: the chat template of the language model leaves out what users say")
         pipeline.prompt_template_encode_start_idx = crop
         none, made = torch.zeros(1, 1, 1), list[Tensor]()
         for text in texts:
