@@ -59,6 +59,7 @@ def test_version_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     "command",
     [
         "rollout",
+        "prompt",
         "compare",
         "calibrate",
         "bench",

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "navigation": {"camera", "control", "worlds"},
     "playing": {"camera", "control", "errors", "protocol", "trajectory"},
     "protocol": {"attention", "camera", "control", "errors"},
-    "models": PRIMITIVES | {"control", "protocol", "denoising.schedule"},
+    "models": PRIMITIVES | {"control", "protocol", "savefile", "denoising.schedule"},
     "context": POLICIES,
     "denoising": POLICIES | {"context.gate"},
     "report": {"attention", "context", "denoising"},

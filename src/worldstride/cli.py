@@ -22,12 +22,14 @@ from worldstride.commands.doctor import Doctor
 from worldstride.commands.gate import Gate
 from worldstride.commands.models import Models
 from worldstride.commands.presets import Presets
+from worldstride.commands.prompt import Prompt
 from worldstride.commands.rollout import Rollout
 from worldstride.commands.verify import Verify
 from worldstride.errors import WorldstrideError
 
 Command = (
     Annotated[Rollout, subcommand("rollout")]
+    | Annotated[Prompt, subcommand("prompt")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Bench, subcommand("bench")]

@@ -23,7 +23,7 @@ class CheckpointError(WorldstrideError):
 
 
 class SaveFileError(WorldstrideError):
-    """A saved session cannot be read: not ours, damaged, of another version, or of another model."""
+    """A saved session or prompt cannot be read: not ours, damaged, of another version, or of another model."""
 
 
 class MissingDependencyError(WorldstrideError, ImportError):

@@ -18,7 +18,7 @@ from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
 from worldstride.models.hy_worldplay.places import projections
-from worldstride.models.hy_worldplay.text import Prompt
+from worldstride.models.hy_worldplay.text import STATES, Prompt
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 WINDOW, MEMORY, SINK = 12, 4, 4
@@ -132,8 +132,7 @@ class HYWorldPlay(Placed):
         "text_mask" and "glyphs_mask" may leave rows out. A guided model needs "negative_text" and the like, too; the
         image's states are the same. Raises `InputError` on what is missing or does not fit.
         """
-        kinds = ("text", "text_mask", "glyphs", "glyphs_mask")
-        known = [*kinds, "vision", "image", *(f"negative_{kind}" for kind in kinds)]
+        known = [*STATES, "image"]
         for name in prompt:
             if name not in known:
                 raise InputError(

@@ -16,6 +16,11 @@ from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, merged, modulated
 
+KINDS = ("text", "text_mask", "glyphs", "glyphs_mask")
+"""Names of the states that a text has; those of the negative prompt begin with "negative_"."""
+STATES = (*KINDS, "vision", *(f"negative_{kind}" for kind in KINDS))
+"""Names of all encoder states of a prompt."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
