@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from worldstride.acceleration import Acceleration, resolve
+from worldstride.bench.plan import Plan
 from worldstride.bench.results import quantile
 from worldstride.bench.rollout import summary
 from worldstride.bench.structure_hy_worldplay import UpstreamWorldPlay
@@ -18,7 +19,10 @@ from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 
 UPSTREAM = "upstream"
 """The way that computes in the structure of the model's original code (`structure_hy_worldplay`)."""
-_AHEAD, _BACK = Action(frozenset({"KeyW"})), Action(frozenset({"KeyS"}))
+_AHEAD, _BACK, _RIGHT, _LEFT = (Action(frozenset({key})) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
+_OUT = (_AHEAD, _RIGHT, _AHEAD, _RIGHT, _RIGHT)
+"""What is repeated on the way out: ahead, and around corners."""
+_UNDOES = {_AHEAD: _BACK, _RIGHT: _LEFT}
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,18 @@ def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
 
 
 def out_and_back(chunks: int) -> list[Action]:
-    """Actions of a walk: ahead, and the same way backwards."""
-    return [_AHEAD] * (chunks - chunks // 2) + [_BACK] * (chunks // 2)
+    """Actions of a walk, one a chunk: ahead and around corners, and the same way backwards."""
+    out = [_OUT[i % len(_OUT)] for i in range(chunks - chunks // 2)]
+    return out + [_UNDOES[action] for action in reversed(out)][: chunks // 2]
 
 
 def walked(
-    way: Way, chunks: int, warmup: int, seed: int = 0, advance: Callable[[], object] = lambda: None
-) -> dict[str, object]:
+    way: Way, chunks: int, warmup: int, plan: Plan | None = None, seed: int = 0,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, object]:  # fmt: skip
     """Play a whole walk of `chunks` chunks; `warmup` chunks of a walk of its own come first and do not count.
+
+    Where `plan` is given it decides windows in place of a temporal one, for that looks at frames.
 
     Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, TFLOP/s of
     context and denoising, and a GPU's peak memory.
@@ -63,11 +71,12 @@ def walked(
         raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
     for count in (warmup, chunks):
         session, reports = way.engine.sample(seed), []
-        session.acceleration = way.acceleration
         if way.engine.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(way.engine.device)
-        for action in out_and_back(count):
+        for k, action in enumerate(out_and_back(count)):
+            shape, settings = way.engine.model.chunk(k), way.acceleration
+            session.acceleration = settings if plan is None else plan.settle(settings, k, shape)
             reports.append(session.step(action).report)
             advance()
     whole = [r.seconds["total"] for r in reports]
@@ -83,6 +92,8 @@ def walked(
             {
                 "context_latents": r.context_latents, "encoded_latents": r.encoded_latents,
                 "evaluations": sum(e.computed for e in r.evaluations), "seconds": r.seconds, "levers": r.levers,
+                "context": r.context.reason, "denoising": r.steps_reason, "flops": sum(r.flops.values()) or None,
+                "evaluation_seconds": [e.seconds for e in r.evaluations if e.computed],
             }
             for r in reports
         ],

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from worldstride.acceleration import resolve
+from worldstride.acceleration import Acceleration, resolve
 from worldstride.bench.environment import engine_facts, environment
+from worldstride.bench.plan import FORMAT, Plan, read_plan, record
 from worldstride.bench.results import write_json
 from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE, STAGES, measure, peak_memory, time_to_first_frame
-from worldstride.bench.walk import walked, ways
+from worldstride.bench.walk import out_and_back, walked, ways
 from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, OptionalPath
 from worldstride.commands.table import table
 from worldstride.engine import Engine
@@ -25,8 +26,9 @@ from worldstride.errors import InputError
 class Bench:
     """Measure speed and memory. `compare` measures what an acceleration costs in quality."""
 
-    benchmark: Positional[Literal["rollout", "walk"]]
-    """What to measure: the interactive loop, or one walk out and back, played wholly in each way."""
+    benchmark: Positional[Literal["rollout", "walk", "plan"]]
+    """What to measure: the interactive loop, or one walk out and back, played wholly in each way. `plan` records what
+    a temporal window decides on that walk."""
     model: ModelName
     """Name of the model."""
     chunks: int = 16
@@ -35,6 +37,8 @@ class Bench:
     """Chunks played before, not counted; 3 fill the context."""
     accelerations: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("off", "steps-4", "steps-2")
     """Presets or .toml files, measured in turn in one run; for a walk also `upstream`, the original's structure."""
+    plan: OptionalPath = None
+    """For a walk: file of recorded windows, replayed in place of what settings would decide from frames."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None
@@ -43,17 +47,23 @@ class Bench:
 
     def run(self, command: str) -> int:
         """Measure, print, and write."""
-        settings = [] if self.benchmark == "walk" else [resolve(name) for name in self.accelerations]
+        settings = [resolve(name) for name in self.accelerations if self.benchmark != "walk"]
+        if self.benchmark == "plan" and (len(settings) != 1 or self.out is None):
+            raise InputError(f"a plan is recorded of one setting into --out, got {len(settings)} and {self.out}")
+        plan = None if self.plan is None else read_plan(self.plan)
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads must be at least 1, got {self.threads}")
         before = torch.get_num_threads()
         try:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            result = self._walk(command) if self.benchmark == "walk" else self._measure(settings, command)
+            if self.benchmark == "plan":
+                result = self._record(settings[0], command)
+            else:
+                result = self._walk(command, plan) if self.benchmark == "walk" else self._measure(settings, command)
         finally:
             torch.set_num_threads(before)
-        (_print_walk if self.benchmark == "walk" else _print)(result)
+        {"walk": _print_walk, "plan": _print_plan, "rollout": _print}[self.benchmark](result)
         if self.out is not None:
             write_json(self.out, result)
             print(f"\nall numbers: {self.out}")
@@ -74,18 +84,26 @@ class Bench:
             "first_frame_seconds": time_to_first_frame(engine, self.engine.dtype, self.threads),
         }
 
-    def _walk(self, command: str) -> dict[str, Any]:
+    def _record(self, settings: Acceleration, command: str) -> dict[str, Any]:
+        engine = self.engine.load(self.model)
+        plan = record(engine, settings, out_and_back(self.chunks))
+        return {
+            "format": FORMAT, **environment(engine.device, command), "engine": engine_facts(engine),
+            "settings": plan.settings, "acceleration": settings.to_json(), "shares": list(plan.shares),
+        }  # fmt: skip
+
+    def _walk(self, command: str, plan: Plan | None) -> dict[str, Any]:
         engine = self.engine.load(self.model)
         chosen, rows = ways(engine, self.accelerations), list[dict[str, Any]]()
         with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
             for way in chosen:
-                rows.append(walked(way, self.chunks, self.warmup, advance=bar.update))
+                rows.append(walked(way, self.chunks, self.warmup, plan, advance=bar.update))
                 bar.write(f"{way.name}: {rows[-1]['seconds']['total']:.2f} s")
         parameters = sum(p.numel() * p.element_size() for p in _parameters(engine))
         return {
             "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "warmup": self.warmup,
-            "parameter_bytes": parameters, "rows": rows,
+            "plan": None if plan is None else asdict(plan), "parameter_bytes": parameters, "rows": rows,
         }  # fmt: skip
 
 
@@ -93,6 +111,10 @@ def _parameters(engine: Engine) -> list[torch.Tensor]:
     """All weights that the engine's model and decoder hold."""
     parts = (getattr(engine.model, "network", None), getattr(engine.model.decoder, "vae", None))
     return [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
+
+
+def _print_plan(result: Mapping[str, Any]) -> None:
+    print("window, share of the longest: " + " ".join(f"{share:.2f}" for share in result["shares"]))
 
 
 def _print_walk(result: Mapping[str, Any]) -> None:
@@ -107,13 +129,18 @@ def _print_walk(result: Mapping[str, Any]) -> None:
         "evals",
         "encoded",
         "GiB",
+        "PFLOP",
+        "TFLOP/s",
     ]
     first, rows = result["rows"][0]["seconds"]["total"], []
     for row in result["rows"]:
         total, chunk = row["seconds"]["total"], row["chunk_seconds"]
         times = [f"{row['stage_ms'][s]['p50']:.0f}" for s in STAGES]
         peak = "-" if row["gpu_peak_bytes"] is None else f"{row['gpu_peak_bytes'] / 2**30:.1f}"
-        ends = [f"{row['evaluations_per_chunk']:.1f}", f"{row['encoded_latents']:.1f}", peak]
+        flops = ["-", "-"]
+        if row["tflops"] is not None:
+            flops = [f"{row['gigaflops_per_chunk'] * row['chunks'] / 1e6:.2f}", f"{row['tflops']:.0f}"]
+        ends = [f"{row['evaluations_per_chunk']:.1f}", f"{row['encoded_latents']:.1f}", peak, *flops]
         whole = [f"{chunk[q]:.2f}" for q in ("p50", "p95", "last")]
         rows.append([row["name"], f"{total:.2f}", f"{first / total:.2f}", *whole, *times, *ends])
     print(table(headers, rows))
