@@ -132,10 +132,24 @@ def test_joined_latents_are_the_encoded_context(small: HYWorldPlay):
     joined = small.join_context(kept.unbind(1), asked)
     assert joined.latents == whole.latents == 6
     assert joined.bytes == whole.bytes == 2 * 2 * 6 * 6 * 64 * 4  # keys and values of 2 blocks in float32
-    for ours, theirs in zip(joined.keys_values, whole.keys_values, strict=True):
+    for (ours,), (theirs,) in zip(joined.keys_values, whole.keys_values, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert joined.keys_values[0][0][0].untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
     where = cameras(1, 4, seed=7)
     assert torch.equal(velocity(small, joined, where), velocity(small, whole, where))
+
+
+def test_latents_that_lie_apart_in_memory_are_joined_piece_by_piece(small: HYWorldPlay):
+    asked = recalled(small)
+    kept = small.encode_latents(asked, None, attend)
+    apart = [kept[:, 0].clone(), kept[:, 1], kept[:, 2], kept[:, 4], kept[:, 5], kept[:, 3].clone()]
+    order = [0, 1, 2, 4, 5, 3]
+    joined = small.join_context(apart, asked)
+    assert [k.shape[2] for k, _ in joined.keys_values[0]] == [6, 12, 12, 6]  # tokens
+    copied = small.join_context(kept[:, order].unbind(1), asked)
+    where = cameras(1, 4, seed=7)
+    assert relative(velocity(small, joined, where), velocity(small, copied, where)) < 1e-6
+    assert joined.bytes == copied.bytes
 
 
 def test_what_is_kept_holds_no_place(small: HYWorldPlay):
@@ -146,10 +160,10 @@ def test_what_is_kept_holds_no_place(small: HYWorldPlay):
     assert torch.equal(kept[:, :, 0], other[:, :, 0])
     assert not torch.allclose(kept[:, :, 1], other[:, :, 1], atol=1e-4)
     joined, whole = small.join_context(kept.unbind(1), moved), small.encode_context(moved, None, attend)
-    first, truth = (streams.of_keys(*c.keys_values[0], c.where) for c in (joined, whole))  # type: ignore[arg-type]
+    first, truth = (streams.of_keys(*c.keys_values[0][0], c.where) for c in (joined, whole))  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(first, truth, strict=True))
     before = small.join_context(kept.unbind(1), asked)
-    assert not torch.allclose(first[0], streams.of_keys(*before.keys_values[0], before.where)[0], atol=1e-4)
+    assert not torch.allclose(first[0], streams.of_keys(*before.keys_values[0][0], before.where)[0], atol=1e-4)
 
 
 def test_latents_see_the_past_as_if_encoded_with_it(small: HYWorldPlay):
@@ -231,7 +245,7 @@ def test_other_precisions_are_near(small: HYWorldPlay, dtype: torch.dtype, most:
     where, results = cameras(1, 4, seed=7), list[Tensor]()
     for of in (small, HYWorldPlay(other, VideoDecoder(small.decoder.vae, 32, 48), torch.float32)):
         context = of.encode_context(recalled(of), None, attend)
-        assert context.keys_values[0][0].dtype == of.dtype
+        assert context.keys_values[0][0][0].dtype == of.dtype
         results.append(velocity(of, context, where))
     assert other.enter.weight.dtype == dtype
     assert results[1].dtype == torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from hy_golden import engine, golden, model, network
 from worldstride import Acceleration, Engine
-from worldstride.acceleration import AttentionReuse, resolve
+from worldstride.acceleration import AttentionReuse, resolve, save_settings
 from worldstride.attention import Partial, attend, streams
+from worldstride.bench.plan import Plan, read_plan, record
 from worldstride.bench.structure_hy_worldplay import UpstreamStructure, UpstreamWorldPlay
 from worldstride.bench.walk import out_and_back, walked, ways
 from worldstride.commands.bench import Bench
 from worldstride.commands.options import EngineOptions
+from worldstride.context.policy import TemporalWindow
 from worldstride.control import Action
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYContext
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.places import projections, rotary_table
+from worldstride.protocol import ChunkShape
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +46,7 @@ def frames(first: int, level: float) -> Frames:
 @torch.inference_mode()
 def evaluated(of: HYNetwork, outer: list[Partial] | None = None, reused: tuple[Partial, ...] = ()) -> Tensor:
     text, before, now = of.text(golden().states, attend), frames(0, 14.0), frames(4, 500.0)
-    context = of.context(before, text, attend)
+    context = [(pair,) for pair in of.context(before, text, attend)]
     return of.velocity(now, text, context, before.at, attend, outer, reused)
 
 
@@ -134,14 +138,16 @@ def begun(of: Engine) -> Any:
 
 
 def test_a_walk_goes_out_and_comes_back():
-    assert out_and_back(5) == [Action({"KeyW"})] * 3 + [Action({"KeyS"})] * 2
+    ahead, right, back, left = (Action({key}) for key in ("KeyW", "ArrowRight", "KeyS", "ArrowLeft"))
+    assert out_and_back(4) == [ahead, right, left, back]
+    assert out_and_back(5) == [ahead, right, ahead, back, left]
 
 
 def test_every_way_of_a_walk_is_a_row(tmp_path: Path):
     played = engine(model())
-    names = ["upstream", "off", str(ROOT / "benchmarks/levers/hy-fast.toml")]
+    names = ["upstream", "off", str(ROOT / "benchmarks/levers/hy-incremental.toml")]
     chosen, stepped = ways(played, names), list[int]()
-    assert [w.name for w in chosen] == ["upstream", "off", "hy-fast"]
+    assert [w.name for w in chosen] == ["upstream", "off", "hy-incremental"]
     assert isinstance(chosen[0].engine.model, UpstreamWorldPlay)
     rows: list[Any] = [walked(w, 4, 1, advance=lambda: stepped.append(1)) for w in chosen]
     assert len(stepped) == 3 * 5
@@ -150,11 +156,70 @@ def test_every_way_of_a_walk_is_a_row(tmp_path: Path):
         assert row["seconds"]["total"] == pytest.approx(sum(e["seconds"]["total"] for e in row["each"]))
         assert row["tflops"] > 0
         json.dumps(row)
-    assert [row["evaluations_per_chunk"] for row in rows] == [4, 4, 2]
-    assert [row["attended_per_chunk"] for row in rows] == [4, 4, 1]
+        assert all(len(e["evaluation_seconds"]) == e["evaluations"] == 4 for e in row["each"])
+        assert all(e["flops"] > 0 and e["context"] == e["denoising"] == "full compute" for e in row["each"])
     assert [row["encoded_latents"] for row in rows] == [6, 6, 3]
     with pytest.raises(InputError, match="at least 2 chunks and a warm-up of 0 or more, got 1 and 0"):
         walked(chosen[1], 1, 0)
+
+
+@pytest.mark.parametrize("name", ["hy-balanced", "hy-fast"])
+def test_settings_for_this_model_pull_all_their_levers(name: str):
+    """Out and back: memory comes back, fewer evaluations where all was seen, and a bounded context."""
+    (way,) = ways(engine(model()), [str(ROOT / f"benchmarks/levers/{name}.toml")])
+    plan = Plan((1.0, 1.0, *(0.5,) * 6), "recorded")
+    row: Any = walked(way, 8, 0, plan)
+    longest, most = {"hy-balanced": (8, 4), "hy-fast": (4, 3)}[name]
+    assert {e["evaluations"] for e in row["each"]} == {2, most}
+    assert all(e["context_latents"] <= longest + 8 for e in row["each"])
+    assert all(e["encoded_latents"] <= 8 for e in row["each"])
+    fired = {lever for e in row["each"] for lever in e["levers"]}
+    assert {"kept", "attention", "adaptive", "window"} <= fired
+    assert ("sparsity" in fired) is (name == "hy-fast")
+    assert "temporal" not in fired  # the plan stands in for it
+    json.dumps(row)
+
+
+def test_a_plan_is_recorded_written_and_replayed(tiny_engine: Engine, tmp_path: Path):
+    temporal = Acceleration("changing", temporal=TemporalWindow())
+    walk = out_and_back(8)
+    plan = record(tiny_engine, temporal, walk)
+    assert len(plan.shares) == 8
+    assert plan.shares[0] == 1
+    assert min(plan.shares) < 1
+    session, shape = tiny_engine.sample(0), tiny_engine.model.chunk(5)
+    session.acceleration = temporal
+    reports = [session.step(action).report for action in walk]
+    assert plan.shares[-1] == len(reports[-1].context.window) / shape.window
+    file = tmp_path / "plan.json"
+    command = Bench("plan", "courtyard", 8, accelerations=(str(tmp_path / "changing.toml"),), out=file)
+    save_settings(temporal, tmp_path / "changing.toml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineOptions, "load", lambda self, name: tiny_engine)
+        assert command.run("bench plan") == 0
+    assert read_plan(file) == plan
+    for text in ("[]", '{"format": "worldstride-plan"}', "{"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="plan"):
+            read_plan(file)
+
+
+def test_a_plan_stands_in_for_a_temporal_window_alone():
+    shape, plan = ChunkShape(4, 16, window=12), Plan((0.5, 0.0, 1.0), "recorded")
+    some = Acceleration("some", temporal=TemporalWindow(multiple=4))
+    settled = [plan.settle(some, k, shape) for k in range(3)]
+    assert [s.window for s in settled] == [8, 4, 12]
+    assert all(s.temporal is None for s in settled)
+    assert plan.settle(replace(some, window=4), 2, shape).window == 4
+    assert plan.settle(Acceleration("plain"), 7, shape) == Acceleration("plain")
+    with pytest.raises(InputError, match="the plan is of 3 chunks, and chunk 3 is to be played"):
+        plan.settle(some, 3, shape)
+    with pytest.raises(InputError, match="have no temporal window"):
+        record(engine(model()), Acceleration("plain"), [])
+    with pytest.raises(InputError, match="share 1 of the plan"):
+        Plan((1.0, 1.5), "recorded")
+    with pytest.raises(InputError, match="a plan is recorded of one setting into --out, got 2"):
+        Bench("plan", "courtyard", accelerations=("off", "fast")).run("bench plan")
 
 
 def test_only_this_model_has_an_upstream(tiny_engine: Engine):

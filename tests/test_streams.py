@@ -13,6 +13,7 @@ from attending import error, normal
 from worldstride.attention import ops, reference, streams
 from worldstride.attention.streams import Places
 from worldstride.camera import camera_from_pose
+from worldstride.errors import InputError
 
 HEADS, E = 2, 16
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,7 +48,7 @@ def test_streams_see_differences_of_places_only():
         return Places(angles.real, angles.imag, torch.linalg.inv(cameras), cameras)
 
     def attended(at: Places, where: Places, text: tuple[Tensor, Tensor]) -> Tensor:
-        keys, values = streams.every_key(text, (past_k, past_v), where, (k, v), at)
+        keys, values = streams.every_key(text, [(past_k, past_v)], where, (k, v), at)
         return streams.back(reference(streams.of_queries(q, at), keys, values), at).float()
 
     empty = tuple(t[:, :, :0] for t in text)
@@ -62,15 +63,21 @@ def test_keys_are_context_then_text_then_own():
     at, where = places_of(2, 3), places_of(1, 3, seed=3)
     (_, k, v), (_, past_k, past_v) = tokens(6, 1), tokens(3, 2)
     text = normal(1, HEADS, 4, E, seed=7), normal(1, HEADS, 4, E, seed=8)
-    keys, values = streams.every_key(text, (past_k, past_v), where, (k, v), at)
+    keys, values = streams.every_key(text, [(past_k, past_v)], where, (k, v), at)
     assert keys.shape == values.shape == (2, HEADS, 13, E)
     for of, got in zip(text, (keys, values), strict=True):
         assert all(torch.equal(got[i, :, 3:7], of[0]) for i in (0, 1))
     assert torch.equal(keys[:1, :, :3], streams.turn(past_k, where.cos, where.sin))
     assert torch.equal(keys[1:, :, 7:], streams.carry(k, at.unproject))
     assert torch.equal(values[:1, :, [0, 1, 2, *range(7, 13)]], torch.cat([past_v, v], 2))
-    alone = streams.every_key(text, None, None, (k, v), at)
+    alone = streams.every_key(text, (), None, (k, v), at)
     assert torch.equal(alone[0], keys[:, :, 3:])
+    at, pieces = places_of(2, 3), [(k[:, :, :3], v[:, :, :3]), (k[:, :, 3:], v[:, :, 3:])]
+    some = streams.every_key(text, pieces, at, (k[:, :, :0], v[:, :, :0]), at)
+    whole = streams.every_key(text, [(k, v)], at, (k[:, :, :0], v[:, :, :0]), at)
+    assert all(torch.equal(a, b) for a, b in zip(some, whole, strict=True))
+    with pytest.raises(InputError, match="remembered latents need places"):
+        streams.every_key(text, pieces, None, (k, v), at)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; on a GPU the kernels run compiled")
@@ -87,8 +94,9 @@ def test_the_kernel_gives_what_is_written_out(
     out = normal(2 * batch, latents * each, HEADS, E, seed=9, dtype=dtype).transpose(1, 2)
 
     def made() -> list[Tensor]:
-        every = streams.every_key(text, (past_k, past_v), where, (k, v), at)
-        first = streams.every_key(text, None, None, (k, v), at)
+        pieces = [(past_k[:, :, :each], past_v[:, :, :each]), (past_k[:, :, each:], past_v[:, :, each:])]
+        every = streams.every_key(text, pieces, where, (k, v), at)
+        first = streams.every_key(text, (), None, (k, v), at)
         return [streams.of_queries(q, at), *every, *first, streams.back(out, at)]
 
     expected = made()
@@ -108,7 +116,8 @@ def test_the_kernel_on_a_gpu(dtype: torch.dtype):
 
     def made(*given: Tensor) -> list[Tensor]:
         q, out = given
-        every = streams.every_key(text, (past_k, past_v), where, (k, v), at)  # type: ignore[arg-type]
+        pieces = [(past_k[:, :, rows], past_v[:, :, rows]) for rows in (slice(140), slice(140, None))]
+        every = streams.every_key(text, pieces, where, (k, v), at)  # type: ignore[arg-type]
         return [streams.of_queries(q, at), *every, streams.back(out, at)]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,15 +10,19 @@ Both are stacked on the batch. Written out in torch; on a GPU with Triton one ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from worldstride.attention import ops
+from worldstride.errors import InputError
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values [B, heads, N, E]."""
+Pieces = Sequence[KeysValues]
+"""Keys and values of remembered latents in order, some latents' each: they need not lie in one piece of memory."""
 
 
 class Places(NamedTuple):
@@ -64,24 +68,40 @@ def of_keys(k: Tensor, v: Tensor, at: Places) -> KeysValues:
     return keys, torch.cat([v, carry(v, at.unproject)])
 
 
-def every_key(
-    text: KeysValues, context: KeysValues | None, where: Places | None, own: KeysValues, at: Places
-) -> KeysValues:
+def every_key(text: KeysValues, context: Pieces, where: Places | None, own: KeysValues, at: Places) -> KeysValues:
     """Keys and values [2 B, heads, Nc + L + N, E] of context, text [1, heads, L, E] and a chunk's own tokens.
 
     The context comes first, so that what may be left out lies together. Text has no place: it is alike in both
     streams, and for all worlds.
     """
     if _fused(own[0]):
-        past = (None,) * 5 if context is None or where is None else (*context, where.cos, where.sin, where.unproject)
-        return place_keys(*text, *past, *own, at.cos, at.sin, at.unproject)
+        past = (None,) * 3 if where is None else (where.cos, where.sin, where.unproject)
+        pieces = [k for k, _ in context], [v for _, v in context]
+        return place_keys(*text, *pieces, *past, *own, at.cos, at.sin, at.unproject)
     batch = 2 * len(own[0])
-    parts = [] if context is None or where is None else [of_keys(*context, where)]
+    parts = [of_keys(*piece, place) for piece, place in _placed(context, where)]
     parts.append((text[0].expand(batch, -1, -1, -1), text[1].expand(batch, -1, -1, -1)))
     if own[0].shape[2]:
         parts.append(of_keys(*own, at))
     keys, values = (torch.cat(of, 2) for of in zip(*parts, strict=True))
     return keys, values
+
+
+def tokens_of(context: Pieces) -> int:
+    """Tokens of all pieces."""
+    return sum(k.shape[2] for k, _ in context)
+
+
+def _placed(context: Pieces, where: Places | None) -> Iterator[tuple[KeysValues, Places]]:
+    """Every piece with its own places."""
+    first = 0
+    for piece in context:
+        if where is None:
+            raise InputError("remembered latents need places")
+        tokens, each = piece[0].shape[2], len(where.cos) // where.latents
+        rows, latents = slice(first, first + tokens), slice(first // each, (first + tokens) // each)
+        yield piece, Places(where.cos[rows], where.sin[rows], where.project[:, latents], where.unproject[:, latents])
+        first += tokens
 
 
 def back(out: Tensor, at: Places) -> Tensor:
@@ -114,35 +134,39 @@ def _(q: Tensor, cos: Tensor, sin: Tensor, project: Tensor) -> Tensor:
 
 @torch.library.custom_op("worldstride::place_keys", mutates_args=(), device_types="cuda")
 def place_keys(
-    text_k: Tensor, text_v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_cos: Tensor | None,
+    text_k: Tensor, text_v: Tensor, past_k: list[Tensor], past_v: list[Tensor], past_cos: Tensor | None,
     past_sin: Tensor | None, past_unproject: Tensor | None, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
     unproject: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `every_key`; the past is there whole or not at all."""
+    """See `every_key`; the past has places, if it has pieces."""
     from worldstride.attention.kernels.streams import launch
 
     batch, heads, tokens, channels = k.shape
-    words, past = text_k.shape[2], 0 if past_k is None else past_k.shape[2]
-    keys = k.new_empty(2 * batch, heads, words + past + tokens, channels)
+    words, past = text_k.shape[2], sum(piece.shape[2] for piece in past_k)
+    keys = k.new_empty(2 * batch, heads, past + words + tokens, channels)
     values = torch.empty_like(keys)
-    spans = (slice(past), slice(past, words + past), slice(words + past, None))
-    for made, text, before, own, turns in ((keys, text_k, past_k, k, True), (values, text_v, past_v, v, False)):
-        first, second = made.chunk(2)
-        launch(text.expand(batch, -1, -1, -1), None, None, first[:, :, spans[1]], second[:, :, spans[1]])
-        if before is not None and past_cos is not None and past_sin is not None:
-            table = (past_cos, past_sin) if turns else None
-            launch(before, table, past_unproject, first[:, :, spans[0]], second[:, :, spans[0]])
-        launch(own, (cos, sin) if turns else None, unproject, first[:, :, spans[2]], second[:, :, spans[2]])
+    where = None
+    if past_cos is not None and past_sin is not None and past_unproject is not None:
+        where = Places(past_cos, past_sin, past_unproject, past_unproject)
+    pieces = list(_placed(list(zip(past_k, past_v, strict=True)), where))
+    for i, (made, text, own) in enumerate(((keys, text_k, k), (values, text_v, v))):  # only keys turn
+        first = 0
+        for piece, at in pieces:
+            rows = made[:, :, first : first + piece[i].shape[2]]
+            launch(piece[i], (at.cos, at.sin) if i == 0 else None, at.unproject, *rows.chunk(2))
+            first += rows.shape[2]
+        launch(text.expand(batch, -1, -1, -1), None, None, *made[:, :, past : past + words].chunk(2))
+        launch(own, (cos, sin) if i == 0 else None, unproject, *made[:, :, past + words :].chunk(2))
     return keys, values
 
 
 @place_keys.register_fake
 def _(
-    text_k: Tensor, text_v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_cos: Tensor | None,
+    text_k: Tensor, text_v: Tensor, past_k: list[Tensor], past_v: list[Tensor], past_cos: Tensor | None,
     past_sin: Tensor | None, past_unproject: Tensor | None, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
     unproject: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    count = text_k.shape[2] + (0 if past_k is None else past_k.shape[2]) + k.shape[2]
+    count = text_k.shape[2] + sum(piece.shape[2] for piece in past_k) + k.shape[2]
     keys = k.new_empty(2 * k.shape[0], k.shape[1], count, k.shape[3])
     return keys, torch.empty_like(keys)
 

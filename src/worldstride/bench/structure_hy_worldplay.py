@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldstride.attention import Attend, Partial
-from worldstride.attention.streams import KeysValues, Places
+from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.models.hy_worldplay import places
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
@@ -34,7 +34,7 @@ class UpstreamStructure(HYNetwork):
         self.requires_grad_(False)
 
     def context(
-        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[KeysValues] = (),
+        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
         where: Places | None = None,
     ) -> list[KeysValues]:  # fmt: skip
         """See `HYNetwork.context`; what is returned holds places and both streams."""
@@ -47,14 +47,14 @@ class UpstreamStructure(HYNetwork):
         return written
 
     def velocity(
-        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
+        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,
         attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
     ) -> Tensor:  # fmt: skip
         """See `HYNetwork.velocity`; nothing is captured, and nothing reused."""
         x, about = self._entered(frames)
         tables = self._tables(frames, 0 if where is None else where.latents)
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
-        past = context if where is not None else [None] * len(self.video)
+        past = [pieces[0] for pieces in context] or [None] * len(self.video)
         for block, words, kept in zip(self._video_blocks(), text, past, strict=True):
             x, _ = _block(block, x, tokens, frames.at, tables, words, kept)
         return self._left(x, about, frames)

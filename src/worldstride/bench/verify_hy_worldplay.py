@@ -121,7 +121,7 @@ class _Replay:
                     yield Comparison(f"chunk{c}/layer0_context_k", streams.of_keys(*kept[0], where)[0], keys)
             for i, (sigma, after) in enumerate(pairwise(sigmas)):
                 frames = self._frames(latents, rows, range(count, count + NEW), 1000 * sigma)
-                velocity = self.network.velocity(frames, text, kept, where, attend)
+                velocity = self.network.velocity(frames, text, [(pair,) for pair in kept], where, attend)
                 if (expected := tensors.get(f"chunk{c}/step{i}/velocity")) is not None:
                     yield Comparison(f"chunk{c}/step{i}/velocity", velocity.transpose(1, 2), expected)
                 latents[:, rows] += velocity * (after - sigma)

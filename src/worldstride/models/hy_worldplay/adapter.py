@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from worldstride.attention import Attend, Partial
-from worldstride.attention.streams import KeysValues, Places
+from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, did_you_mean, integer_from
 from worldstride.models.hy_worldplay import cost
@@ -48,13 +48,13 @@ class HYPrompt:
 class HYContext:
     """Keys and values of remembered latents, as they are before places are given to them."""
 
-    keys_values: tuple[KeysValues, ...]
-    """[B, heads, N, head_dim], a pair a block."""
+    keys_values: tuple[Pieces, ...]
+    """[B, heads, N, head_dim], piece after piece, for every block."""
     where: Places | None
     """Places of the latents; None where there are none."""
     apart: bool = False
     """Whether evaluations keep attention to text and context apart, and capture it."""
-    negative: tuple[KeysValues, ...] = ()
+    negative: tuple[Pieces, ...] = ()
     """Keys and values of latents that saw the negative prompt, where the model is guided."""
     reused: tuple[Partial, ...] = ()
     """Attention to text and context that an earlier evaluation captured, a block each; taken in place of both."""
@@ -67,7 +67,8 @@ class HYContext:
     @property
     def bytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(t.numel() * t.element_size() for pair in (*self.keys_values, *self.negative) for t in pair)
+        every = (pair for block in (*self.keys_values, *self.negative) for pair in block)
+        return sum(t.numel() * t.element_size() for pair in every for t in pair)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ class HYWorldPlay(Placed):
         if not recalled.latents.shape[1]:
             return HYContext((), None)
         frames, branches = self._frames(recalled)
-        every = [tuple(self.network.context(frames, text, attend)) for text in branches]
+        every = [tuple((pair,) for pair in self.network.context(frames, text, attend)) for text in branches]
         return HYContext(every[0], frames.at, negative=every[1] if len(every) > 1 else ())
 
     def encode_latents(self, recalled: Recalled, past: Context | None, attend: Attend) -> Tensor:
@@ -204,10 +205,9 @@ class HYWorldPlay(Placed):
         """Context of latents whose keys and values [B, depth, 2, heads, n, head_dim] were kept, at new places."""
         if not kept:
             return HYContext((), None)
-        every = torch.stack(list(kept), 4).flatten(4, 5)  # [B, depth, 2, heads, N, head_dim]
-        at = self.places_of(recalled)
-        pairs, depth = tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), self.config.depth
-        return HYContext(pairs[:depth], at, negative=pairs[depth:])
+        at, pieces, depth = self.places_of(recalled), _joined(kept), self.config.depth
+        blocks = tuple(tuple((k, v) for k, v in (p[:, i].unbind(1) for p in pieces)) for i in range(pieces[0].shape[1]))
+        return HYContext(blocks[:depth], at, negative=blocks[depth:])
 
     def velocity(
         self, x: Tensor, sigma: float | Tensor, inputs: HYInputs, context: Context, attend: Attend
@@ -268,6 +268,32 @@ class HYWorldPlay(Placed):
                     planes[:, i, :-1] = prompt.image.to(planes)
                     planes[:, i, -1] = 1
         return planes
+
+
+def _joined(kept: Sequence[Tensor]) -> list[Tensor]:
+    """[B, depth, 2, heads, N, head_dim] of latents [B, depth, 2, heads, n, head_dim], those in one piece that lie
+    beside each other in memory, as those that were encoded together do: nothing is copied."""
+    pieces = list[Tensor]()
+    for one in kept:
+        if pieces:
+            last, size = pieces[-1], list(one.shape)
+            here = last.storage_offset() + last.shape[4] * last.stride(4)
+            same = (
+                last.stride() == one.stride() and last.untyped_storage().data_ptr() == one.untyped_storage().data_ptr()
+            )
+            if same and one.storage_offset() == here:
+                size[4] += last.shape[4]
+                pieces[-1] = last.as_strided(size, last.stride(), last.storage_offset())
+                continue
+        pieces.append(one)
+    return pieces
+
+
+def _follows(x: Tensor, before: Tensor) -> bool:
+    """Whether the tokens of x [B, depth, 2, heads, n, head_dim] stand in memory right behind others'."""
+    there = before.storage_offset() + before.shape[4] * before.stride(4)
+    same = x.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    return same and x.stride() == before.stride() and x.storage_offset() == there
 
 
 def _prompt(encoded: object) -> HYPrompt:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.attention import Attend, Partial, of_layer, streams
-from worldstride.attention.streams import KeysValues, Places
+from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.models.hy_worldplay import two_streams
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
@@ -98,21 +98,21 @@ class HYNetwork(nn.Module):
         return written
 
     def context(
-        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[KeysValues] = (),
+        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
         where: Places | None = None,
     ) -> list[KeysValues]:  # fmt: skip
         """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places.
 
-        They see other latents' `past`, too, at places `where`, if that is given.
+        They see other latents' `past`, too, a block's pieces each, at places `where`.
         """
         x, about = self._entered(frames)
-        written, seen = list[KeysValues](), past if where is not None else [None] * len(self.video)
+        written, seen = list[KeysValues](), past or [()] * len(self.video)
         for i, (block, words, kept) in enumerate(zip(self.video, text, seen, strict=True)):
             rows, (q, k, v) = self.begin(block, x, about)
             written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
             if len(written) < len(self.video):  # the last block's tokens go nowhere
                 how, own = of_layer(attend, i, "context"), (k, v)
-                if kept is None:
+                if not kept:
                     both = two_streams.among_context(q, own, frames.at, words, how)
                 else:
                     both = two_streams.attended(q, own, frames.at, words, kept, where, how)
@@ -120,16 +120,16 @@ class HYNetwork(nn.Module):
         return written
 
     def velocity(
-        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
+        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,
         attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
     ) -> Tensor:  # fmt: skip
-        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context.
+        """Velocity [B, T, channels, h, w] against text and a context, a block's pieces each, at places `where`.
 
         A list given as `outer` is filled with every block's attention to text and context, which a later evaluation
         takes as `reused` in place of both.
         """
         x, about = self._entered(frames)
-        past = context if where is not None else [None] * len(self.video)
+        past = context or [()] * len(self.video)
         for i, (block, words, kept) in enumerate(zip(self.video, text, past, strict=True)):
             rows, (q, k, v) = self.begin(block, x, about)
             how, own = of_layer(attend, i, "chunk"), (k, v)

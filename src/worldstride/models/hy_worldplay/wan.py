@@ -280,5 +280,5 @@ def _attended(
 ) -> Tensor:
     """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to context and themselves."""
     none = own[0][:1, :, :0], own[1][:1, :, :0]
-    keys, values = streams.every_key(none, context, where, own, at)
+    keys, values = streams.every_key(none, () if context is None else (context,), where, own, at)
     return streams.back(attend(streams.of_queries(q, at), keys, values), at)
