@@ -56,8 +56,8 @@ def walked(
 ) -> dict[str, object]:
     """Play a whole walk of `chunks` chunks; `warmup` chunks of a walk of its own come first and do not count.
 
-    Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, TFLOP/s of
-    context and denoising, and a GPU's peak memory.
+    Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, and a
+    GPU's peak memory.
     """
     if chunks < 2 or warmup < 0:
         raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
@@ -72,12 +72,10 @@ def walked(
             advance()
     whole = [r.seconds["total"] for r in reports]
     made = summary(reports)
-    flops = [sum(r.flops.values()) for r in reports if r.flops]
     gpu = way.engine.device.type == "cuda"
     return {
         "name": way.name, "acceleration": way.acceleration.to_json(), **made,
         "chunk_seconds": {"p50": quantile(whole, 0.5), "p95": quantile(whole, 0.95), "last": whole[-1]},
-        "tflops": sum(flops) / made["seconds"]["core"] / 1e12 if flops else None,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated(way.engine.device) if gpu else None,
         "each": [
             {
