@@ -158,7 +158,7 @@ def test_every_way_of_a_walk_is_a_row(tmp_path: Path):
 
 
 def test_only_this_model_has_an_upstream(tiny_engine: Engine):
-    with pytest.raises(InputError, match="upstream is known of hy_worldplay alone, not of 'courtyard'"):
+    with pytest.raises(InputError, match="upstream is known of autoregressive hy_worldplay alone, not of 'courtyard'"):
         ways(tiny_engine, ["upstream"])
 
 

@@ -39,7 +39,8 @@ def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
             found.append(Way(settings.name, engine, settings))
             continue
         if not isinstance(engine.model, HYWorldPlay):
-            raise InputError(f"the structure of upstream is known of hy_worldplay alone, not of {engine.model.name!r}")
+            kind = f"{engine.model.name!r} ({type(engine.model).__name__})"
+            raise InputError(f"the structure of upstream is known of autoregressive hy_worldplay alone, not of {kind}")
         source, off = replace(engine.source, compiled=False), resolve("off")
         other = Engine(UpstreamWorldPlay(engine.model), source, off, engine.controls, engine.attention)
         found.append(Way(name, other, off))
