@@ -283,7 +283,9 @@ def test_clips_can_be_named(walked: Session):
     assert all(0 <= s <= 1 for s in report.signals.similarity)
     other.step(LEFT)
     assert not torch.equal(latents(session), latents(other))
-    with pytest.raises(InputError, match=r"recall must name 4 different places from 4 to 19, got \[0, 1, 2, 3\]"):
+    with pytest.raises(
+        InputError, match=r"recall must name at most 4 different places from 4 to 19, got \[0, 1, 2, 3\]"
+    ):
         walked.fork().step(LEFT, recall=range(4))
 
 

@@ -223,7 +223,7 @@ def test_a_plan_stands_in_for_a_temporal_window_alone():
 
 
 def test_only_this_model_has_an_upstream(tiny_engine: Engine):
-    with pytest.raises(InputError, match="upstream is known of hy_worldplay alone, not of 'courtyard'"):
+    with pytest.raises(InputError, match="upstream is known of autoregressive hy_worldplay alone, not of 'courtyard'"):
         ways(tiny_engine, ["upstream"])
 
 

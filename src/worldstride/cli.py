@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     described = "Interactive video world models. `worldstride COMMAND --help` explains a command; --version."
     try:
-        command = tyro.cli(Command, prog="worldstride", description=described, args=arguments)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        command = tyro.cli(Command, prog="worldstride", description=described, args=_spelled(arguments))  # pyright: ignore[reportArgumentType, reportCallIssue]
         return command.run(shlex.join(["worldstride", *arguments]))
     except WorldstrideError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,6 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _spelled(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `--random-weights` as `--weights random`, and `--model NAME` as a name before all options."""
+    found, model, rest = list[str](), list[str](), iter(arguments)
+    for argument in rest:
+        if argument == "--random-weights":
+            found += ["--weights", "random"]
+        elif argument == "--model":
+            model = [next(rest, argument)]  # without a name it is refused like any unknown option
+        elif argument.startswith("--model="):
+            model = [argument.removeprefix("--model=")]
+        else:
+            found.append(argument)
+    options = next((i for i, argument in enumerate(found) if argument.startswith("-")), len(found))
+    return [*found[:options], *model, *found[options:]]
 
 
 if __name__ == "__main__":

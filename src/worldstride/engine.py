@@ -137,17 +137,23 @@ class Engine:
             )
         return self._begin(pictures, poses, seed, noise_seed, dict(prompt or {}), points, FreeNavigator(self.controls))
 
-    def sample(self, seed: int = 0) -> Session:
+    def sample(
+        self, seed: int = 0, noise_seed: int | None = None, frames: Tensor | None = None,
+        prompt: Mapping[str, Tensor] | None = None,
+    ) -> Session:  # fmt: skip
         """A session in a made-up world: a procedural one, or from a grey image with made-up prompt states.
 
-        For warming up and for measuring speed; what a model makes of it says nothing.
+        Image `frames` uint8 [1, H, W, 3] and `prompt` states that are given are taken in their place. For warming up
+        and for measuring speed; what a model makes of it says nothing.
         """
         model = self.model
         if not isinstance(model, BeginsWithImage):
-            return self.new(seed)
-        frame = torch.full((1, *self.frame_size, 3), 127, dtype=torch.uint8)
-        prompt = model.sample_prompt(noises.stream(seed, _PROMPT)) if isinstance(model, EncodesPrompt) else {}
-        return self.open(frame, torch.eye(4)[None], prompt, seed)
+            return self.new(seed, noise_seed)
+        if frames is None:
+            frames = torch.full((1, *self.frame_size, 3), 127, dtype=torch.uint8)
+        if prompt is None and isinstance(model, EncodesPrompt):
+            prompt = model.sample_prompt(noises.stream(seed, _PROMPT))
+        return self.open(frames, torch.eye(4)[None], prompt, seed, noise_seed)
 
     def warm_up(self, accelerations: Sequence[Acceleration | str | Path] = ("off",), limit: int = 64) -> int:
         """Play a made-up world in each way until its context is as long as it gets; the chunks that took.

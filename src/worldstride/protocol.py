@@ -258,8 +258,8 @@ class Recalls(Protocol):
     def recall(
         self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int
     ) -> tuple[list[int], list[float]]:
-        """`count` places among `candidates` of cameras [N, 4, 4], in order of time, and how much of the coming latents'
-        views, cameras [T, 4, 4], each shows, in [0, 1]."""
+        """At most `count` places among `candidates` of cameras [N, 4, 4], in order of time, and how much of the coming
+        latents' views, cameras [T, 4, 4], each shows, in [0, 1]."""
         ...
 
     def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:

@@ -118,7 +118,8 @@ class Made:
             "window": bound < longest,
             "memory": most < whole,
             "temporal": s.temporal is not None and len(p.context.window) < bound,
-            "spatial": s.spatial is not None and len(p.context.memory) < most,
+            # a model's own rule may bring back fewer than it could
+            "spatial": s.spatial is not None and not p.policy.revisiting and s.spatial.exploring < most,
             "kept": p.absent is not None and len(p.absent) < self.context_latents,
             "cache": any(not e.computed for e in self.evaluations),
             "adaptive": s.adaptive is not None and spec.steps < asked,

@@ -213,6 +213,20 @@ def load_trajectory(source: str | Path, *, extrinsic: Extrinsic = "camera_to_wor
     raise TrajectoryError(f"{path} cannot be read: a trajectory is a .json or .npy file or a folder with poses.npy")
 
 
+def counts_latents(source: str | Path) -> bool:
+    """Whether entries of what `load_trajectory` reads stand for latents, where a model's latents are several frames.
+
+    Those of moves and of pose dictionaries do; those of other files stand for frames.
+    """
+    if isinstance(source, str) and not _names_file(source):
+        return True
+    path = Path(source)
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(data, Mapping) and "cameras" not in data and "0" in data
+
+
 def _names_file(source: str) -> bool:
     if source.lower().endswith((".json", ".npy")) or "/" in source or "\\" in source:
         return True

@@ -101,6 +101,11 @@ class Speed(TypedDict):
     kept_bytes: int
     """Most that was kept of encoded latents from chunk to chunk."""
     gigaflops_per_chunk: float | None
+    tflops: float | None
+    """Floating-point operations a second of context and denoising, in 10^12; None where the model does not tell."""
+    evaluation_ms: list[float | None]
+    """Median milliseconds of each solver step's evaluation (of both guidance branches), first to last; None where no
+    chunk computed it."""
     density: dict[str, float]
     """Share of query-key pairs attended to, where attention was asked to be sparse: of the chunk, of the context."""
     batch: float
@@ -130,9 +135,18 @@ def summary(reports: Sequence[ChunkReport]) -> Speed:
         "context_bytes": max((r.context_bytes for r in reports), default=0),
         "kept_bytes": max((r.kept_bytes for r in reports), default=0),
         "gigaflops_per_chunk": sum(flops) / count / 1e9 if flops else None,
+        "tflops": sum(flops) / max(sum(cores), 1e-9) / 1e12 if flops else None,
+        "evaluation_ms": _each_evaluation(reports),
         "density": densities(reports),
         "batch": sum(r.batch for r in reports) / count,
     }  # fmt: skip
+
+
+def _each_evaluation(reports: Sequence[ChunkReport]) -> list[float | None]:
+    """Median milliseconds by solver step, over the chunks that computed it."""
+    steps = max((len(r.evaluations) for r in reports), default=0)
+    each = ([e.seconds for r in reports for e in r.evaluations[i : i + 1] if e.computed] for i in range(steps))
+    return [1000 * quantile(some, 0.5) if some else None for some in each]
 
 
 def peak_memory() -> int | None:

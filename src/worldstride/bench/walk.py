@@ -43,7 +43,8 @@ def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
             found.append(Way(settings.name, engine, settings))
             continue
         if not isinstance(engine.model, HYWorldPlay):
-            raise InputError(f"the structure of upstream is known of hy_worldplay alone, not of {engine.model.name!r}")
+            kind = f"{engine.model.name!r} ({type(engine.model).__name__})"
+            raise InputError(f"the structure of upstream is known of autoregressive hy_worldplay alone, not of {kind}")
         source, off = replace(engine.source, compiled=False), resolve("off")
         other = Engine(UpstreamWorldPlay(engine.model), source, off, engine.controls, engine.attention)
         found.append(Way(name, other, off))
@@ -64,8 +65,8 @@ def walked(
 
     Where `plan` is given it decides windows in place of a temporal one, for that looks at frames.
 
-    Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, TFLOP/s of
-    context and denoising, and a GPU's peak memory.
+    Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, and a
+    GPU's peak memory.
     """
     if chunks < 2 or warmup < 0:
         raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
@@ -81,12 +82,10 @@ def walked(
             advance()
     whole = [r.seconds["total"] for r in reports]
     made = summary(reports)
-    flops = [sum(r.flops.values()) for r in reports if r.flops]
     gpu = way.engine.device.type == "cuda"
     return {
         "name": way.name, "acceleration": way.acceleration.to_json(), **made,
         "chunk_seconds": {"p50": quantile(whole, 0.5), "p95": quantile(whole, 0.95), "last": whole[-1]},
-        "tflops": sum(flops) / made["seconds"]["core"] / 1e12 if flops else None,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated(way.engine.device) if gpu else None,
         "each": [
             {

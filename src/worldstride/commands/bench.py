@@ -30,7 +30,7 @@ class Bench:
     """What to measure: the interactive loop, or one walk out and back, played wholly in each way. `plan` records what
     a temporal window decides on that walk."""
     model: ModelName
-    """Name of the model."""
+    """Name of the model; also `--model NAME`."""
     chunks: int = 16
     """Chunks measured for each acceleration."""
     warmup: int = 3
@@ -150,16 +150,25 @@ def _print_walk(result: Mapping[str, Any]) -> None:
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    headers = ["acceleration", "frames/s", *(f"{s} ms" for s in STAGES), "total p95", "context KiB"]
+    costs = ["TFLOP", "TFLOP/s", "peak GiB"]
+    headers = ["acceleration", "frames/s", *(f"{s} ms" for s in STAGES), "total p95", "context KiB", *costs]
     rows = []
     for row in result["rows"]:
         times = [f"{row['stage_ms'][s]['p50']:.1f}" for s in STAGES]
         last = [f"{row['stage_ms']['total']['p95']:.1f}", f"{row['context_bytes'] / 1024:.0f}"]
-        rows.append([row["name"], f"{row['frames_per_second']:.1f}", *times, *last])
+        told, peak = row["gigaflops_per_chunk"] is not None, row["gpu_peak_bytes"]
+        cost = [f"{row['gigaflops_per_chunk'] / 1000:.4g}", f"{row['tflops']:.3g}"] if told else ["-", "-"]
+        cost.append("-" if peak is None else f"{peak / 2**30:.1f}")
+        rows.append([row["name"], f"{row['frames_per_second']:.1f}", *times, *last, *cost])
     print(table(headers, rows))
+    print("\nevaluations, ms by solver step (- is reused):")
+    for row in result["rows"]:
+        print(f"  {row['name']}: {' '.join('-' if t is None else f'{t:.1f}' for t in row['evaluation_ms'])}")
     hardware = result["hardware"]
     where = f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cpu_threads_used']} CPU threads"
-    print(f"\n{where}, {result['engine']['dtype']}; stage times are medians")
+    print(
+        f"\n{where}, {result['engine']['dtype']}; times are medians; TFLOP a chunk and TFLOP/s of context and denoising"
+    )
     first = result["first_frame_seconds"]
     print(f"time to first frame: {first['total']:.2f} s in a fresh process (import {first['import']:.2f} s)")
     if result["peak_memory_bytes"]:

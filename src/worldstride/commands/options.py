@@ -25,7 +25,7 @@ class EngineOptions:
     """Where the model comes from and where it computes."""
 
     weights: Weights = "pretrained"
-    """Trained weights, or seeded random ones, which measure speed and never quality."""
+    """Trained weights, or seeded random ones, which measure speed and never quality; also `--random-weights`."""
     path: OptionalPath = None
     """Checkpoint, where the model does not ship inside the package."""
     device: OptionalText = None

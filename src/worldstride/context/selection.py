@@ -181,16 +181,18 @@ def _by_rule(one: Lookup, rule: Recalls, candidates: Sequence[int]) -> _Found:
     if not count:
         return (), (), newest
     if one.recall is not None:
-        chosen = _checked(one.recall, candidates, count)
+        chosen = _checked(one.recall, candidates, count, fewer=True)
         return chosen, rule.shown(cameras[chosen], coming, one.points), newest
     return *rule.recall(cameras, coming, one.points, candidates, count), newest
 
 
-def _checked(recall: Sequence[int], candidates: Sequence[int], count: int) -> list[int]:
+def _checked(recall: Sequence[int], candidates: Sequence[int], count: int, fewer: bool = False) -> list[int]:
     chosen, known = sorted(recall), set(candidates)
-    if len(chosen) != count or len(set(chosen)) != count or not known.issuperset(chosen):
+    right = len(chosen) <= count if fewer else len(chosen) == count
+    if not right or len(set(chosen)) != len(chosen) or not known.issuperset(chosen):
+        many = f"at most {count}" if fewer else f"{count}"
         raise InputError(
-            f"recall must name {count} different places from {candidates[0]} to {candidates[-1]}, got {list(recall)}"
+            f"recall must name {many} different places from {candidates[0]} to {candidates[-1]}, got {list(recall)}"
         )
     return chosen
 

@@ -34,6 +34,8 @@ class ModelEntry:
     """Where the weights are published, a second name of the model."""
     controls: ControlSettings = field(default_factory=ControlSettings)
     """How keys and mouse move the camera; as in the model's training walks."""
+    frames_per_second: int = 10
+    """Of videos that it was trained on."""
 
 
 MODELS: tuple[ModelEntry, ...] = (
@@ -43,6 +45,7 @@ MODELS: tuple[ModelEntry, ...] = (
         "Tencent HY-WorldPlay Community License: neither use nor outputs in the EU, the UK and South Korea; more than "
         "1 M monthly users need a licence; outputs must not improve other models",
         load_hy_worldplay, "tencent/HY-WorldPlay", ControlSettings(0.02, math.radians(0.75), math.radians(0.75)),
+        24,
     ),
 )  # fmt: skip
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import InputError, did_you_mean, integer_from
-from worldstride.models.hy_worldplay import cost
+from worldstride.errors import InputError, integer_from
+from worldstride.models.hy_worldplay import cost, given
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
-from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
+from worldstride.models.hy_worldplay.placed import STABLE, Placed
 from worldstride.models.hy_worldplay.places import projections
-from worldstride.models.hy_worldplay.text import STATES, Prompt
+from worldstride.models.hy_worldplay.text import NEGATIVE
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 WINDOW, MEMORY, SINK = 12, 4, 4
@@ -133,40 +133,17 @@ class HYWorldPlay(Placed):
         "text_mask" and "glyphs_mask" may leave rows out. A guided model needs "negative_text" and the like, too; the
         image's states are the same. Raises `InputError` on what is missing or does not fit.
         """
-        known = [*STATES, "image"]
-        for name in prompt:
-            if name not in known:
-                raise InputError(
-                    f"unknown prompt states {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-                )
-        negative = () if self.guidance is None else self._text(prompt, "negative_", attend)
+        given.check_names(prompt)
+        negative = () if self.guidance is None else self._text(prompt, NEGATIVE, attend)
         return HYPrompt(self._text(prompt, "", attend), prompt.get("image"), negative)
 
     def _text(self, prompt: Mapping[str, Tensor], sign: str, attend: Attend) -> tuple[KeysValues, ...]:
         """Keys and values of the states whose names begin with `sign`."""
-        c = self.config
-        for name in (f"{sign}text", "vision"):
-            if name not in prompt:
-                guided = " beside 'text', being guided" if sign else ""
-                found = sorted(prompt) or "none"
-                raise InputError(f"HY-WorldPlay needs encoder states named '{name}'{guided}, got {found}")
-        text = prompt[f"{sign}text"].to(self.device)
-        glyphs, vision = (
-            prompt[name].to(self.device) if name in prompt else text.new_zeros(1, 0, channels)
-            for name, channels in ((f"{sign}glyphs", c.glyphs), ("vision", c.vision))
-        )
-        masks = [
-            prompt[name].to(self.device) if name in prompt else torch.ones(of.shape[:2], device=self.device)
-            for name, of in ((f"{sign}text_mask", text), (f"{sign}glyphs_mask", glyphs))
-        ]
-        return tuple(self.network.text(Prompt.masked(text, masks[0], glyphs, masks[1], vision), attend))
+        return tuple(self.network.text(given.states(prompt, sign, self.config, self.device), attend))
 
     def sample_prompt(self, generator: torch.Generator) -> Mapping[str, Tensor]:
         """States of 200 tokens of text, no glyphs, and an image."""
-        c = self.config
-        states = {"text": (200, c.text), "vision": (729, c.vision)}
-        states |= {} if self.guidance is None else {"negative_text": (200, c.text)}
-        return {name: torch.randn(1, *size, generator=generator) for name, size in states.items()}
+        return given.sampled(self.config, self.guidance is not None, generator)
 
     def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
         """Places, labels and the first image of the coming latents."""
@@ -260,14 +237,7 @@ class HYWorldPlay(Placed):
 
     def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
         """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
-        shape = (batch, len(numbers), self.config.channels + 1, *self.grid)
-        planes = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        if prompt.image is not None:
-            for i, number in enumerate(numbers):
-                if number == FIRST:
-                    planes[:, i, :-1] = prompt.image.to(planes)
-                    planes[:, i, -1] = 1
-        return planes
+        return given.planes(prompt.image, numbers, batch, self.latent_shape, self.network.enter.weight)
 
 
 def _joined(kept: Sequence[Tensor]) -> list[Tensor]:
@@ -275,17 +245,12 @@ def _joined(kept: Sequence[Tensor]) -> list[Tensor]:
     beside each other in memory, as those that were encoded together do: nothing is copied."""
     pieces = list[Tensor]()
     for one in kept:
-        if pieces:
-            last, size = pieces[-1], list(one.shape)
-            here = last.storage_offset() + last.shape[4] * last.stride(4)
-            same = (
-                last.stride() == one.stride() and last.untyped_storage().data_ptr() == one.untyped_storage().data_ptr()
-            )
-            if same and one.storage_offset() == here:
-                size[4] += last.shape[4]
-                pieces[-1] = last.as_strided(size, last.stride(), last.storage_offset())
-                continue
-        pieces.append(one)
+        before = pieces[-1] if pieces else None
+        if before is not None and _follows(one, before):
+            size = [*one.shape[:4], before.shape[4] + one.shape[4], one.shape[5]]
+            pieces[-1] = before.as_strided(size, before.stride(), before.storage_offset())
+        else:
+            pieces.append(one)
     return pieces
 
 

@@ -11,7 +11,7 @@ def context_flops(config: HYConfig, tokens: int, encoded: int, seen: float) -> f
     return encoded * tokens * ((config.depth - 1) * _token(config, seen * tokens) + ends)
 
 
-def evaluation_flops(config: HYConfig, tokens: int, latents: int, context: float) -> float:
+def evaluation_flops(config: HYConfig, tokens: int, latents: float, context: float) -> float:
     """Of one evaluation of latents that attend to each other and to `context` remembered ones."""
     ends = 2 * (3 * config.channels + 1) * config.width
     return latents * tokens * (config.depth * _token(config, (latents + context) * tokens) + ends)

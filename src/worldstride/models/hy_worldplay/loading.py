@@ -13,17 +13,21 @@ from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.joint import HYJoint
 from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.weights import build, filled
 from worldstride.models.shards import Shards, find, read_json
 
 HEIGHT, WIDTH = 480, 832
-"""Frame size that the autoregressive models were trained at."""
-VARIANTS: dict[str, tuple[int, float | None]] = {
-    "ar_distilled_action_model": (4, None), "ar_model": (50, 6.0), "ar_rl_model": (50, 6.0),
+"""Frame size that the 8B models were trained at."""
+EightB = HYWorldPlay | HYJoint
+"""The 8B models: autoregressive, and bidirectional."""
+VARIANTS: dict[str, tuple[type[EightB], int, float | None]] = {
+    "ar_distilled_action_model": (HYWorldPlay, 4, None), "ar_model": (HYWorldPlay, 50, 6.0),
+    "ar_rl_model": (HYWorldPlay, 50, 6.0), "bidirectional_model": (HYJoint, 50, 6.0),
 }  # fmt: skip
-"""Folders of the autoregressive models, the distilled one first: steps, and scale of classifier-free guidance."""
+"""Folders of the 8B models, the distilled one first: class, steps, and scale of classifier-free guidance."""
 _FILES = (
     "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "model.safetensors",
@@ -33,17 +37,23 @@ _BASE = "tencent/HunyuanVideo-1.5"
 
 def load_hy_worldplay(
     path: Path | None, weights: Literal["pretrained", "random"], device: torch.device, dtype: torch.dtype
-) -> tuple[HYWorldPlay, str]:
+) -> tuple[EightB, str]:
     """Model and fingerprint, for frames of 480 x 832.
 
     `path` is a folder as `tencent/HY-WorldPlay` is published, with the folder `vae` of `tencent/HunyuanVideo-1.5` in
-    it, and then the distilled model is meant; or one of `VARIANTS` in such a folder. Random weights are of full size.
+    it, and then the distilled model is meant; or one of `VARIANTS` in such a folder. Random weights are of full size,
+    and a path, which need not exist, then only names one of `VARIANTS`.
     Raises `CheckpointError` that names what is missing and where it comes from.
     """
     if weights == "random":
-        if path is not None:
-            raise InputError(f"random weights come from no file; leave out the path {str(path)!r}")
-        return random_model(HYConfig(), VAEConfig(), device, dtype), f"random: seed 0, {device.type}"
+        variant = next(iter(VARIANTS)) if path is None else path.name
+        if variant not in VARIANTS:
+            raise InputError(
+                f"random weights come from no file; leave out the path {str(path)!r}, or name one of "
+                f"{', '.join(VARIANTS)}"
+            )
+        made = random_model(HYConfig(), VAEConfig(), device, dtype, variant=variant)
+        return made, f"random: seed 0, {device.type}"
     if path is None:
         raise CheckpointError(
             "HY-WorldPlay does not ship with this package: give the folder of tencent/HY-WorldPlay as `path`"
@@ -54,7 +64,7 @@ def load_hy_worldplay(
         path, variant = path.parent, path.name
     else:
         variant = next(iter(VARIANTS))
-    folder, (steps, guidance) = path / variant, VARIANTS[variant]
+    folder, (kind, steps, guidance) = path / variant, VARIANTS[variant]
     tensors = _tensors(folder, f"folder {variant} of tencent/HY-WorldPlay")
     config = HYConfig()  # what is published needs none; a file beside the weights tells of other sizes
     try:
@@ -66,14 +76,14 @@ def load_hy_worldplay(
         raise CheckpointError(f"{path}: {error}") from error
     whole = hashlib.sha256(f"{tensors.fingerprint()} {config} {mark} {vae.config}".encode()).hexdigest()
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    return HYWorldPlay(network, VideoDecoder(vae, HEIGHT, WIDTH), storage, steps, guidance), whole
+    return kind(network, VideoDecoder(vae, HEIGHT, WIDTH), storage, steps, guidance), whole
 
 
 def random_model(
     config: HYConfig, vae: VAEConfig, device: torch.device, dtype: torch.dtype, height: int = HEIGHT,
-    width: int = WIDTH, seed: int = 0,
-) -> HYWorldPlay:  # fmt: skip
-    """A model with seeded random weights, drawn on the device: for speed and memory, never for quality."""
+    width: int = WIDTH, seed: int = 0, variant: str = next(iter(VARIANTS)),
+) -> EightB:  # fmt: skip
+    """One of `VARIANTS` with seeded random weights, drawn on the device: for speed and memory, never for quality."""
     with torch.device("meta"):
         network, codec = HYNetwork(config).requires_grad_(False), VideoVAE(vae).requires_grad_(False)
     for i, module in enumerate((network, codec)):
@@ -81,7 +91,9 @@ def random_model(
         module.to(dtype)
         _draw(module, torch.Generator(device).manual_seed(seed + i))
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    return HYWorldPlay(network.eval(), VideoDecoder(codec.channels_last().eval(), height, width), storage)
+    kind, steps, guidance = VARIANTS[variant]
+    decoder = VideoDecoder(codec.channels_last().eval(), height, width)
+    return kind(network.eval(), decoder, storage, steps, guidance)
 
 
 def _draw(module: nn.Module, generator: torch.Generator) -> None:

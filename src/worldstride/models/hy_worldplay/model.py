@@ -153,13 +153,13 @@ class HYNetwork(nn.Module):
         now = torch.full((1,), level, device=x.device)
         y, meaning = self.prompt(prompt, now, attend).expand(len(x), -1, -1), self.level(now)
         for block, words in zip(self._video_blocks(), self._text_blocks(), strict=True):
-            rows, (q, k, v) = block.begin(x, about)
+            rows, (q, k, v) = self.begin(block, x, about)
             told, (text_q, text_k, text_v) = words.begin(y, meaning)
             keys, values = streams.of_keys(k, v, frames.at)
             keys, values = (torch.cat([_twice(t), s], 2) for t, s in ((text_k, keys), (text_v, values)))
             both = streams.back(attend(streams.of_queries(q, frames.at), keys, values), frames.at)
             y = words.end(y, attend(text_q, keys[: len(x)], values[: len(x)]), told)
-            x = block.end(x, both, rows)
+            x = self.end(block, x, both, rows)
         return self._left(x, about, frames)
 
     def _video_blocks(self) -> Sequence[VideoBlock]:

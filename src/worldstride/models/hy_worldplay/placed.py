@@ -75,15 +75,22 @@ class Placed:
         self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int
     ) -> tuple[list[int], list[float]]:
         """The clips that saw most of what is coming; of equal ones the oldest. `InputError` on parts of clips."""
+        clip, allowed = self.retrieval.clip, self.clips_of(candidates, count)
+        if not allowed:
+            return [], []
+        starts = [i for i in candidates[::clip] if i + clip - 1 <= candidates[-1]]
+        away = distances(cameras, coming, starts, points, self.retrieval)
+        best = sorted(sorted(starts, key=away.__getitem__)[:allowed])
+        return [s + i for s in best for i in range(clip)], [1 - away[s] for s in best for _ in range(clip)]
+
+    def clips_of(self, candidates: Sequence[int], count: int) -> int:
+        """Whole clips in `count` latents; `InputError` on parts of clips, unless there are no more candidates."""
         clip = self.retrieval.clip
-        if count % clip:
+        if count % clip and count < len(candidates):
             raise InputError(
                 f"HY-WorldPlay brings back clips of {clip} latents; memory must be a multiple, got {count}"
             )
-        starts = [i for i in candidates[::clip] if i + clip - 1 <= candidates[-1]]
-        away = distances(cameras, coming, starts, points, self.retrieval)
-        best = sorted(sorted(starts, key=away.__getitem__)[: count // clip])
-        return [s + i for s in best for i in range(clip)], [1 - away[s] for s in best for _ in range(clip)]
+        return count // clip
 
     def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
         """See `Recalls.shown`."""

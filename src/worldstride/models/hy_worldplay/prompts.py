@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from worldstride.errors import InputError, SaveFileError, did_you_mean
 from worldstride.models.hy_worldplay.loading import HEIGHT, WIDTH
 from worldstride.models.hy_worldplay.text import STATES
+from worldstride.picture import fit_picture, read_picture
 from worldstride.savefile import PROMPT, read_save, write_save
 
 _MODEL = "hy_worldplay"
@@ -24,13 +23,7 @@ def fit_image(image: str | Path | Image.Image, height: int = HEIGHT, width: int 
     Turned as its camera was held, cut around the middle to the shape of the frame, and resized with Lanczos. Raises
     `InputError` on a file that is no picture.
     """
-    try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read a picture from {image}: {error}") from error
-    fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted))
+    return fit_picture(image if isinstance(image, Image.Image) else read_picture(image), height, width)
 
 
 def save_prompt(path: str | Path, states: Mapping[str, Tensor], text: str, negative: str = "") -> None:

@@ -18,7 +18,9 @@ from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, ga
 
 KINDS = ("text", "text_mask", "glyphs", "glyphs_mask")
 """Names of the states that a text has; those of the negative prompt begin with "negative_"."""
-STATES = (*KINDS, "vision", *(f"negative_{kind}" for kind in KINDS))
+NEGATIVE = "negative_"
+"""What names of states of the negative prompt begin with, where the model is guided."""
+STATES = (*KINDS, "vision", *(f"{NEGATIVE}{kind}" for kind in KINDS))
 """Names of all encoder states of a prompt."""
 
 
