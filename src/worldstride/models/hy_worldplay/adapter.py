@@ -19,6 +19,7 @@ from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
 from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.text import Prompt
+from worldstride.models.hy_worldplay.two_streams import packed, unpacked
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 WINDOW, MEMORY, SINK = 12, 4, 4
@@ -198,16 +199,13 @@ class HYWorldPlay(Placed):
             pair for text, kept in zip(branches, known, strict=False)
             for pair in self.network.context(frames, text, attend, kept, seen.where)
         ]  # fmt: skip
-        count = recalled.latents.shape[1]
-        return torch.stack([torch.stack(pair, 1) for pair in pairs], 1).unflatten(4, (count, -1)).movedim(4, 1)
+        return packed(pairs, recalled.latents.shape[1])
 
     def join_context(self, kept: Sequence[Tensor], recalled: Recalled) -> HYContext:
         """Context of latents whose keys and values [B, depth, 2, heads, n, head_dim] were kept, at new places."""
         if not kept:
             return HYContext((), None)
-        every = torch.stack(list(kept), 4).flatten(4, 5)  # [B, depth, 2, heads, N, head_dim]
-        at = self.places_of(recalled)
-        pairs, depth = tuple((k, v) for k, v in (pair.unbind(1) for pair in every.unbind(1))), self.config.depth
+        at, pairs, depth = self.places_of(recalled), unpacked(kept), self.config.depth
         return HYContext(pairs[:depth], at, negative=pairs[depth:])
 
     def velocity(

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend, Partial, merge, streams
+from worldstride.attention import Attend, Partial, streams
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
 from worldstride.models.hy_worldplay.text import Prompt, TextBlock, TextEntry
+from worldstride.models.hy_worldplay.two_streams import attended, inside, outside
 
 Rows = tuple[Tensor, ...]
 """Shift, scale and gate of attention, then of the MLP: six times [B, T, width]."""
@@ -110,7 +111,7 @@ class HYNetwork(nn.Module):
             rows, (q, k, v) = self.begin(block, x, about)
             written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
             if len(written) < len(self.video):  # the last block's tokens go nowhere
-                out = _attended(q, (k, v), frames.at, words, kept, where, attend)
+                out = attended(q, (k, v), frames.at, words, kept, where, attend)
                 x = self.end(block, x, out, rows)
         return written
 
@@ -128,12 +129,12 @@ class HYNetwork(nn.Module):
         for i, (block, words, kept) in enumerate(zip(self.video, text, past, strict=True)):
             rows, (q, k, v) = self.begin(block, x, about)
             if reused or outer is not None:
-                before = reused[i] if reused else _outside(q, (k, v), frames.at, words, kept, where, attend)
-                out = _merged(before, q, (k, v), frames.at, words, attend)
+                before = reused[i] if reused else outside(q, (k, v), frames.at, words, kept, where, attend)
+                out = inside(before, q, (k, v), frames.at, attend)
                 if outer is not None:
                     outer.append(before)
             else:
-                out = _attended(q, (k, v), frames.at, words, kept, where, attend)
+                out = attended(q, (k, v), frames.at, words, kept, where, attend)
             x = self.end(block, x, out, rows)
         return self._left(x, about, frames)
 
@@ -177,30 +178,3 @@ class HYNetwork(nn.Module):
 def _twice(x: Tensor) -> Tensor:
     """What is alike in both streams."""
     return torch.cat([x, x])
-
-
-def _attended(
-    q: Tensor, own: KeysValues, at: Places, text: KeysValues, context: KeysValues | None, where: Places | None,
-    attend: Attend,
-) -> Tensor:  # fmt: skip
-    """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to text, context and themselves."""
-    keys, values = streams.every_key(text, context, where, own, at)
-    return streams.back(attend(streams.of_queries(q, at), keys, values), at)
-
-
-def _outside(
-    q: Tensor, own: KeysValues, at: Places, text: KeysValues, context: KeysValues | None, where: Places | None,
-    attend: Attend,
-) -> Partial:  # fmt: skip
-    """Attention of queries in both streams to text and context alone."""
-    none = own[0][:, :, :0], own[1][:, :, :0]
-    keys, values = streams.every_key(text, context, where, none, at)
-    return attend(streams.of_queries(q, at), keys, values, lse=True)
-
-
-def _merged(outside: Partial, q: Tensor, own: KeysValues, at: Places, text: KeysValues, attend: Attend) -> Tensor:
-    """Attention [B, N, 2 width] of queries to themselves, joined with what they or others gathered outside."""
-    none = text[0][:, :, :0], text[1][:, :, :0]
-    keys, values = streams.every_key(none, None, None, own, at)
-    inside = attend(streams.of_queries(q, at), keys, values, lse=True)
-    return streams.back(merge(outside, inside).out, at)

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend, streams
+from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.errors import InputError, did_you_mean, integer_from, number_in
 from worldstride.models.hy_worldplay.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated, rms_norm
+from worldstride.models.hy_worldplay.two_streams import attended, inside, outside
 
 PATCH = 2
 """Rows and columns of a latent that make one token."""
@@ -227,19 +228,31 @@ class WanNetwork(nn.Module):
             rows, (q, k, v) = self.begin(block, x, level)
             written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
             if len(written) < len(self.blocks):  # the last block's tokens go nowhere
-                x = self._through(block, x, rows, _attended(q, (k, v), frames.at, kept, where, attend), words, attend)
+                both = attended(q, (k, v), frames.at, None, kept, where, attend)
+                x = self._through(block, x, rows, both, words, attend)
         return written
 
     def velocity(
         self, frames: WanFrames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
-        attend: Attend,
+        attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
     ) -> Tensor:  # fmt: skip
-        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context."""
+        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context.
+
+        A list given as `outer` is filled with every block's attention to the context, which a later evaluation takes
+        as `reused` in its place; attention to the text is always computed.
+        """
         x, about, level = self._entered(frames)
         past = context if where is not None else [None] * len(self.blocks)
-        for block, words, kept in zip(self._blocks(), text, past, strict=True):
+        for i, (block, words, kept) in enumerate(zip(self._blocks(), text, past, strict=True)):
             rows, (q, k, v) = self.begin(block, x, level)
-            x = self._through(block, x, rows, _attended(q, (k, v), frames.at, kept, where, attend), words, attend)
+            if reused or outer is not None:
+                before = reused[i] if reused else outside(q, (k, v), frames.at, None, kept, where, attend)
+                both = inside(before, q, (k, v), frames.at, attend)
+                if outer is not None:
+                    outer.append(before)
+            else:
+                both = attended(q, (k, v), frames.at, None, kept, where, attend)
+            x = self._through(block, x, rows, both, words, attend)
         return self._left(x, about, frames)
 
     def _blocks(self) -> Sequence[WanBlock]:
@@ -273,12 +286,3 @@ class WanNetwork(nn.Module):
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """Tokens [B, N, width] as [B, heads, N, head_dim]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _attended(
-    q: Tensor, own: KeysValues, at: Places, context: KeysValues | None, where: Places | None, attend: Attend
-) -> Tensor:
-    """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to context and themselves."""
-    none = own[0][:1, :, :0], own[1][:1, :, :0]
-    keys, values = streams.every_key(none, context, where, own, at)
-    return streams.back(attend(streams.of_queries(q, at), keys, values), at)
