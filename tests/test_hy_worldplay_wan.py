@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hy_golden import normal, relative
+from wan_tiny import COLUMNS, ROWS, TINY, described, published, shapes
 from worldstride.attention import attend
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.camera import camera_from_pose
@@ -21,9 +22,6 @@ from worldstride.models.hy_worldplay import places
 from worldstride.models.hy_worldplay.wan import WanBlock, WanConfig, WanFrames, WanNetwork
 from worldstride.models.hy_worldplay.wan_weights import build, sources
 
-TINY = WanConfig(channels=4, width=32, heads=2, depth=3, hidden=48, text=12)
-ROWS, COLUMNS = 2, 3
-"""Of tokens; a latent has twice as many rows and columns."""
 TOKENS, WORDS = ROWS * COLUMNS, 7
 ADDED = ("action_embedder", "to_out_prope")
 """What diffusers' network does not have."""
@@ -42,46 +40,6 @@ def theirs() -> Any:
     of = diffusers.WanTransformer3DModel(**{k: v for k, v in described().items() if k[0] != "_"})
     of.load_state_dict({k: v for k, v in published().items() if not any(name in k for name in ADDED)})
     return of.eval()
-
-
-def shapes(c: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Tensors of a published file, written down from the specification, section 5.3."""
-    made: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, c.width)}
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        made.update({f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)})
-
-    linear("proj_out", 4 * c.channels, c.width)
-    made["patch_embedding.weight"] = (c.width, c.channels, 1, 2, 2)
-    made["patch_embedding.bias"] = (c.width,)
-    for name, inputs in (("time", 256), ("action", 256), ("text", c.text)):
-        linear(f"condition_embedder.{name}_embedder.linear_1", c.width, inputs)
-        linear(f"condition_embedder.{name}_embedder.linear_2", c.width, c.width)
-    linear("condition_embedder.time_proj", 6 * c.width, c.width)
-    for i in range(c.depth):
-        of = f"blocks.{i}"
-        made[f"{of}.scale_shift_table"] = (1, 6, c.width)
-        for name in ("to_q", "to_k", "to_v", "to_out.0"):
-            linear(f"{of}.attn1.{name}", c.width, c.width)
-            linear(f"{of}.attn2.{name}", c.width, c.width)
-        linear(f"{of}.attn1.to_out_prope.0", c.width, c.width)
-        for name in ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "norm2"):
-            made[f"{of}.{name}.weight"] = (c.width,)
-        made[f"{of}.norm2.bias"] = (c.width,)
-        linear(f"{of}.ffn.net.0.proj", c.hidden, c.width)
-        linear(f"{of}.ffn.net.2", c.width, c.hidden)
-    return made
-
-
-@cache
-def published() -> dict[str, Tensor]:
-    """Random weights by their published names; norms' scales and biases are random, too."""
-    made = {}
-    for i, (name, shape) in enumerate(shapes(TINY).items()):
-        x = normal(*shape, seed=i)
-        scale = name.endswith("weight") and "norm" in name
-        made[name] = 1 + 0.3 * x if scale else x * (0.3 if len(shape) < 2 else (x[0].numel() ** -0.5))
-    return made
 
 
 def network(without: tuple[str, ...] = (), **other: Any) -> WanNetwork:
@@ -352,17 +310,6 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, int | None], text: 
 def test_a_plain_wan_has_no_second_stream():
     with pytest.raises(CheckpointError, match=r"6 \(blocks\.0\.attn1\.to_out_prope.*missing, none unknown"):
         build(TINY, {k: v for k, v in published().items() if ADDED[1] not in k}, "Wan2.2")
-
-
-def described() -> dict[str, Any]:
-    """A `config.json`."""
-    return {
-        "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", "added_kv_proj_dim": None,
-        "attention_head_dim": 16, "cross_attn_norm": True, "eps": 1e-06, "ffn_dim": 48, "freq_dim": 256,
-        "image_dim": None, "in_channels": 4, "num_attention_heads": 2, "num_layers": 3, "out_channels": 4,
-        "patch_size": [1, 2, 2], "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024, "text_dim": 12,
-    }  # fmt: skip
 
 
 def test_configurations_are_read():
