@@ -78,8 +78,7 @@ def random_wan(
     with torch.device("meta"):
         network, codec = WanNetwork(config).requires_grad_(False), WanVAE(vae).requires_grad_(False)
     for i, module in enumerate((network, codec)):
-        module.to_empty(device=device)
-        module.to(dtype)
+        module.to(dtype).to_empty(device=device)  # in this order no second copy in float32 is ever held
         draw(module, torch.Generator(device).manual_seed(seed + i))
     return _model(network, codec, dtype, height, width)
 
