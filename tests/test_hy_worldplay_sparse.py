@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import wan_tiny
 from hy_golden import begin, engine, relative
 from worldstride import Acceleration, Engine, Session
 from worldstride.acceleration import AttentionReuse
@@ -64,6 +65,22 @@ def test_leaving_blocks_out_costs_less_and_is_seen(small: Engine, levers: dict[s
     for stage in ("context", "denoise"):
         assert reports[-1].flops[stage] < full[-1].flops[stage]
     assert "sparsity" in reports[-1].levers
+
+
+def test_the_wan_variant_attends_sparsely_too():
+    def walked(**levers: Any) -> tuple[Session, list[Any]]:
+        session = wan_tiny.begin(variant)
+        session.acceleration = Acceleration("some", **levers)
+        return session, [session.step(action).report for action in WALK]
+
+    variant = wan_tiny.engine()
+    plain, full = walked(kept=KEPT)
+    same, _ = walked(kept=KEPT, sparsity=sparse(1.0))
+    other, reports = walked(kept=KEPT, sparsity=sparse(0.3))
+    assert relative(made(same), made(plain)) < 1e-4
+    assert relative(made(other)[8:], made(plain)[8:]) > 1e-3
+    assert 0.3 < reports[-1].sparsity.density["chunk"] < 0.7
+    assert reports[-1].flops["denoise"] < full[-1].flops["denoise"]
 
 
 def test_the_context_alone_may_be_left_whole(small: Engine):

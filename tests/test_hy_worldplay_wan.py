@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from hy_golden import normal, relative
+from wan_tiny import COLUMNS, ROWS, TINY, described, published, shapes
 from worldstride.attention import attend
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.camera import camera_from_pose
 from worldstride.errors import CheckpointError, InputError
-from worldstride.models.hy_worldplay import places
+from worldstride.models.hy_worldplay import places, two_streams
 from worldstride.models.hy_worldplay.wan import WanBlock, WanConfig, WanFrames, WanNetwork
 from worldstride.models.hy_worldplay.wan_weights import build, sources
 
-TINY = WanConfig(channels=4, width=32, heads=2, depth=3, hidden=48, text=12)
-ROWS, COLUMNS = 2, 3
-"""Of tokens; a latent has twice as many rows and columns."""
 TOKENS, WORDS = ROWS * COLUMNS, 7
 ADDED = ("action_embedder", "to_out_prope")
 """What diffusers' network does not have."""
@@ -42,46 +40,6 @@ def theirs() -> Any:
     of = diffusers.WanTransformer3DModel(**{k: v for k, v in described().items() if k[0] != "_"})
     of.load_state_dict({k: v for k, v in published().items() if not any(name in k for name in ADDED)})
     return of.eval()
-
-
-def shapes(c: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Tensors of a published file, written down from the specification, section 5.3."""
-    made: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, c.width)}
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        made.update({f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)})
-
-    linear("proj_out", 4 * c.channels, c.width)
-    made["patch_embedding.weight"] = (c.width, c.channels, 1, 2, 2)
-    made["patch_embedding.bias"] = (c.width,)
-    for name, inputs in (("time", 256), ("action", 256), ("text", c.text)):
-        linear(f"condition_embedder.{name}_embedder.linear_1", c.width, inputs)
-        linear(f"condition_embedder.{name}_embedder.linear_2", c.width, c.width)
-    linear("condition_embedder.time_proj", 6 * c.width, c.width)
-    for i in range(c.depth):
-        of = f"blocks.{i}"
-        made[f"{of}.scale_shift_table"] = (1, 6, c.width)
-        for name in ("to_q", "to_k", "to_v", "to_out.0"):
-            linear(f"{of}.attn1.{name}", c.width, c.width)
-            linear(f"{of}.attn2.{name}", c.width, c.width)
-        linear(f"{of}.attn1.to_out_prope.0", c.width, c.width)
-        for name in ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "norm2"):
-            made[f"{of}.{name}.weight"] = (c.width,)
-        made[f"{of}.norm2.bias"] = (c.width,)
-        linear(f"{of}.ffn.net.0.proj", c.hidden, c.width)
-        linear(f"{of}.ffn.net.2", c.width, c.hidden)
-    return made
-
-
-@cache
-def published() -> dict[str, Tensor]:
-    """Random weights by their published names; norms' scales and biases are random, too."""
-    made = {}
-    for i, (name, shape) in enumerate(shapes(TINY).items()):
-        x = normal(*shape, seed=i)
-        scale = name.endswith("weight") and "norm" in name
-        made[name] = 1 + 0.3 * x if scale else x * (0.3 if len(shape) < 2 else (x[0].numel() ** -0.5))
-    return made
 
 
 def network(without: tuple[str, ...] = (), **other: Any) -> WanNetwork:
@@ -185,12 +143,22 @@ def joined(*parts: list[KeysValues]) -> list[KeysValues]:
     return [(torch.cat([k for k, _ in of], 2), torch.cat([v for _, v in of], 2)) for of in zip(*parts, strict=True)]
 
 
+def written(
+    of: WanNetwork, given: WanFrames, text: Any, how: Any = attend, past: Any = (), where: Any = None
+) -> list[KeysValues]:
+    return list(of.context(given, text, how, [(pair,) for pair in past], where))
+
+
+def against(of: WanNetwork, given: WanFrames, text: Any, context: Any, where: Any) -> Tensor:
+    return of.velocity(given, text, [(pair,) for pair in context], where, attend)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_context_then_velocity_is_one_pass_in_which_the_old_do_not_see_the_new(batch: int):
     of, whole = network(), frames(6, batch)
     old, new, text = part(whole, 0, 3), part(whole, 3, 6), of.text(states())
-    context = of.context(old, text, attend)
-    made = of.velocity(new, text, context, old.at, attend)
+    context = written(of, old, text)
+    made = against(of, new, text, context, old.at)
     truth = velocity(of, whole, ordered((3, 3)))
     assert relative(made, truth[:, 3:]) <= 1e-5
     assert relative(velocity(of, old), truth[:, :3]) <= 1e-5
@@ -201,15 +169,15 @@ def test_latents_see_the_past_as_if_encoded_with_it():
     of, whole = network(), frames(6)
     first, second, last = (part(whole, i, i + 2) for i in (0, 2, 4))
     text, where = of.text(states()), part(whole, 0, 4).at
-    past = of.context(first, text, attend)
-    context = joined(past, of.context(second, text, attend, past, first.at))
-    alone = joined(past, of.context(second, text, attend))
-    truth = of.context(part(whole, 0, 4), text, ordered((2, 2)))
+    past = written(of, first, text)
+    context = joined(past, written(of, second, text, attend, past, first.at))
+    alone = joined(past, written(of, second, text))
+    truth = written(of, part(whole, 0, 4), text, ordered((2, 2)))
     for ours, true in zip(context, truth, strict=True):
         assert all(relative(a, b) <= 1e-5 for a, b in zip(ours, true, strict=True))
     assert torch.equal(context[0][0], alone[0][0])  # what the first block writes saw nothing
     assert relative(context[1][0], alone[1][0]) > 1e-3
-    made = of.velocity(last, text, context, where, attend)
+    made = against(of, last, text, context, where)
     assert relative(made, velocity(of, whole, ordered((2, 2, 2)))[:, 4:]) <= 1e-5
 
 
@@ -217,9 +185,12 @@ def test_what_is_kept_holds_no_place():
     """The first block's keys and values know neither ranks nor cameras, so the window may move on."""
     of, given = network(), frames()
     text = of.text(states())
-    kept, moved = (of.context(f, text, attend) for f in (given, replace(given, at=placed(cameras(1, 4, seed=3), 5))))
+    kept, moved = (written(of, f, text) for f in (given, replace(given, at=placed(cameras(1, 4, seed=3), 5))))
     assert len(kept) == TINY.depth
-    assert all(t.shape == (1, 2, 4 * TOKENS, 16) and t.is_contiguous() for pair in kept for t in pair)
+    assert all(t.shape == (1, 2, 4 * TOKENS, 16) for pair in kept for t in pair)
+    pieces = two_streams.whole(of.context(given, text, attend))
+    assert all(t.is_contiguous() for ((k, v),) in pieces for t in (k, v))  # not views of all that was projected
+    assert torch.equal(pieces[1][0][0], kept[1][0])
     assert all(torch.equal(a, b) for a, b in zip(kept[0], moved[0], strict=True))
     assert relative(moved[1][0], kept[1][0]) > 1e-3
 
@@ -232,7 +203,7 @@ def test_the_last_block_of_a_context_attends_to_nothing():
         return attend(q, k, v)
 
     text = of.text(states())
-    of.context(frames(), text, counted)  # type: ignore[arg-type]
+    written(of, frames(), text, counted)
     assert calls == [4 * TOKENS, WORDS] * (TINY.depth - 1)
 
 
@@ -243,7 +214,7 @@ def test_ranks_count_by_their_differences_and_cameras_by_theirs():
 
     def made(first: Tensor, then: Tensor, rank: int = 0, gap: int = 3) -> Tensor:
         old, new = frames(3, at=placed(first, rank)), frames(3, at=placed(then, rank + gap))
-        return of.velocity(new, text, of.context(old, text, attend), old.at, attend)
+        return against(of, new, text, written(of, old, text), old.at)
 
     truth = made(first, then)
     assert relative(made(motion @ first, motion @ then), truth) <= 1e-4  # text has no part in the second stream
@@ -281,9 +252,9 @@ def test_other_precisions_are_near(dtype: torch.dtype, most: float):
     assert {p.dtype for p in of.parameters()} == {dtype}
     whole, text = frames(6), of.text(states())
     old, new = part(whole, 0, 3), part(whole, 3, 6)
-    context = of.context(old, text, attend)
+    context = written(of, old, text)
     assert {t.dtype for pair in (*text, *context) for t in pair} == {dtype}
-    made = of.velocity(new, text, context, old.at, attend)
+    made = against(of, new, text, context, old.at)
     assert made.dtype == dtype
     assert 0 < relative(made, velocity(network(), whole, ordered((3, 3)))[:, 3:]) <= most
 
@@ -352,17 +323,6 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, int | None], text: 
 def test_a_plain_wan_has_no_second_stream():
     with pytest.raises(CheckpointError, match=r"6 \(blocks\.0\.attn1\.to_out_prope.*missing, none unknown"):
         build(TINY, {k: v for k, v in published().items() if ADDED[1] not in k}, "Wan2.2")
-
-
-def described() -> dict[str, Any]:
-    """A `config.json`."""
-    return {
-        "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", "added_kv_proj_dim": None,
-        "attention_head_dim": 16, "cross_attn_norm": True, "eps": 1e-06, "ffn_dim": 48, "freq_dim": 256,
-        "image_dim": None, "in_channels": 4, "num_attention_heads": 2, "num_layers": 3, "out_channels": 4,
-        "patch_size": [1, 2, 2], "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024, "text_dim": 12,
-    }  # fmt: skip
 
 
 def test_configurations_are_read():

@@ -203,9 +203,11 @@ class _Batch:
         context, made = encode_kept(model, recalled, kept, settings.sees, first.shape.new, attend)
         records = list[tuple[Tensor, ...]]()
         for b, of in enumerate(old):
-            # one tensor for what a world keeps of a chunk: a view of the batch's would keep that alive, and memory for
-            # a tensor a latent takes a GPU long to get
-            fresh = () if made is None else made[0] if len(old) == 1 else made[b].clone()
+            # one tensor for what a world keeps of a chunk, which comes and goes as one: a view of all that was encoded
+            # would keep that alive, and memory for a tensor a latent takes a GPU long to get
+            fresh = list[Tensor]() if made is None else list(made[b])
+            if made is not None and (len(old) > 1 or len(fresh) > first.shape.new):
+                fresh = [one for clip in made[b].split(first.shape.new) for one in clip.clone()]
             both = {**of, **dict(zip(first.absent, fresh, strict=True))}
             records.append(tuple(both[i] for i in every))
         return context, records

@@ -9,7 +9,7 @@ latents decoded one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,14 @@ class UpstreamStructure(HYNetwork):
     def context(
         self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
         where: Places | None = None,
-    ) -> list[KeysValues]:  # fmt: skip
+    ) -> Iterator[KeysValues]:  # fmt: skip
         """See `HYNetwork.context`; what is returned holds places and both streams."""
         x, about = self._entered(frames)
-        written, tables = list[KeysValues](), self._tables(frames, 0)
+        tables = self._tables(frames, 0)
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
         for block, words in zip(self._video_blocks(), text, strict=True):
             x, own = _block(block, x, tokens, frames.at, tables, words, None)
-            written.append(own)
-        return written
+            yield own
 
     def velocity(
         self, frames: Frames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,

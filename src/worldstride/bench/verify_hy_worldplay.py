@@ -116,7 +116,7 @@ class _Replay:
             kept, where, count = list[KeysValues](), None, len(chosen)
             if chosen:
                 frames = self._frames(latents, chosen, range(count), STABLE)
-                kept, where = self.network.context(frames, text, attend), frames.at
+                kept, where = list(self.network.context(frames, text, attend)), frames.at
                 if (keys := tensors.get(f"chunk{c}/layer0_context_k")) is not None:
                     yield Comparison(f"chunk{c}/layer0_context_k", streams.of_keys(*kept[0], where)[0], keys)
             for i, (sigma, after) in enumerate(pairwise(sigmas)):

@@ -13,7 +13,7 @@ import torch
 from worldstride.control import ControlSettings
 from worldstride.errors import InputError, did_you_mean
 from worldstride.models.courtyard.weights import load_courtyard
-from worldstride.models.hy_worldplay.loading import load_hy_worldplay
+from worldstride.models.hy_worldplay.wan_loading import load_wan, load_worldplay
 from worldstride.protocol import WorldModel
 
 Loader = Callable[[Path | None, Literal["pretrained", "random"], torch.device, torch.dtype], tuple[WorldModel, str]]
@@ -38,14 +38,22 @@ class ModelEntry:
     """Of videos that it was trained on."""
 
 
+_WALKS = ControlSettings(0.02, math.radians(0.75), math.radians(0.75))
+_TENCENT = (
+    "Tencent HY-WorldPlay Community License: neither use nor outputs in the EU, the UK and South Korea; more than "
+    "1 M monthly users need a licence; outputs must not improve other models"
+)
+
 MODELS: tuple[ModelEntry, ...] = (
     ModelEntry("courtyard", "7.4 M", "in the package", "Apache-2.0", load_courtyard),
     ModelEntry(
-        "hy_worldplay", "8.6 B + VAE 1.3 B", "tencent/HY-WorldPlay, vae of tencent/HunyuanVideo-1.5",
-        "Tencent HY-WorldPlay Community License: neither use nor outputs in the EU, the UK and South Korea; more than "
-        "1 M monthly users need a licence; outputs must not improve other models",
-        load_hy_worldplay, "tencent/HY-WorldPlay", ControlSettings(0.02, math.radians(0.75), math.radians(0.75)),
-        24,
+        "hy_worldplay", "8.6 B + VAE 1.3 B", "tencent/HY-WorldPlay, vae of tencent/HunyuanVideo-1.5", _TENCENT,
+        load_worldplay, "tencent/HY-WorldPlay", _WALKS, 24,
+    ),
+    ModelEntry(
+        "hy_worldplay_wan", "5.3 B + VAE 0.7 B",
+        "wan_distilled_model of tencent/HY-WorldPlay, vae of Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        f"{_TENCENT}; the VAE is Apache-2.0", load_wan, "tencent/HY-WorldPlay/wan_distilled_model", _WALKS, 24,
     ),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -47,12 +47,16 @@ class Shards(Mapping[str, Tensor]):
                 size = file.stat().st_size
                 head = int.from_bytes(opened.read(8), "little")
                 digest.update(opened.read(head))
-                body = 8 + head
-                for i in range(_PIECES):
-                    opened.seek(body + (size - body) * i // _PIECES)
-                    digest.update(opened.read(_PIECE))
-                digest.update(size.to_bytes(8, "little"))
+                spread(digest, opened, 8 + head, size)
         return digest.hexdigest()
+
+
+def spread(digest: hashlib._Hash, opened: BinaryIO, body: int, size: int) -> None:
+    """Put pieces of a file of `size` bytes, spread over what begins at `body`, and its size into a digest."""
+    for i in range(_PIECES):
+        opened.seek(body + (size - body) * i // _PIECES)
+        digest.update(opened.read(_PIECE))
+    digest.update(size.to_bytes(8, "little"))
 
 
 def find(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -13,7 +13,7 @@ from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
-from worldstride.models.hy_worldplay import cost, given
+from worldstride.models.hy_worldplay import cost, given, two_streams
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.placed import STABLE, Placed
@@ -104,11 +104,11 @@ class HYWorldPlay(Placed):
             guidance: scale of classifier-free guidance of models that are not distilled; prompts then need negative
                 states, too.
         """
-        self.grid = (decoder.size[0] // 16, decoder.size[1] // 16)
-        super().__init__(network.config, decoder, network.enter.weight, self.grid)
+        self.token_grid = (decoder.size[0] // 16, decoder.size[1] // 16)
+        super().__init__(network.config, decoder, network.enter.weight, self.token_grid)
         self.network, self.config = network, network.config
         self.storage, self.steps, self.guidance = storage, steps, guidance
-        self.latent_shape = (self.config.channels, *self.grid)
+        self.latent_shape = (self.config.channels, *self.token_grid)
 
     def compile_passes(self) -> None:
         """Compile what stands around attention in the blocks, for any number of tokens; the decoder is not compiled."""
@@ -160,7 +160,7 @@ class HYWorldPlay(Placed):
         if not recalled.latents.shape[1]:
             return HYContext((), None)
         frames, branches = self._frames(recalled)
-        every = [tuple((pair,) for pair in self.network.context(frames, text, attend)) for text in branches]
+        every = [two_streams.whole(self.network.context(frames, text, attend)) for text in branches]
         return HYContext(every[0], frames.at, negative=every[1] if len(every) > 1 else ())
 
     def encode_latents(self, recalled: Recalled, past: Context | None, attend: Attend) -> Tensor:
@@ -171,19 +171,17 @@ class HYWorldPlay(Placed):
         frames, branches = self._frames(recalled)
         seen = _own(past) if past is not None else HYContext((), None)
         known = (seen.keys_values, seen.negative)
-        pairs = [
+        pairs = (
             pair for text, kept in zip(branches, known, strict=False)
             for pair in self.network.context(frames, text, attend, kept, seen.where)
-        ]  # fmt: skip
-        count = recalled.latents.shape[1]
-        return torch.stack([torch.stack(pair, 1) for pair in pairs], 1).unflatten(4, (count, -1)).movedim(4, 1)
+        )  # fmt: skip
+        return two_streams.packed(pairs, len(branches) * self.config.depth, recalled.latents.shape[1])
 
     def join_context(self, kept: Sequence[Tensor], recalled: Recalled) -> HYContext:
         """Context of latents whose keys and values [B, depth, 2, heads, n, head_dim] were kept, at new places."""
         if not kept:
             return HYContext((), None)
-        at, pieces, depth = self.places_of(recalled), _joined(kept), self.config.depth
-        blocks = tuple(tuple((k, v) for k, v in (p[:, i].unbind(1) for p in pieces)) for i in range(pieces[0].shape[1]))
+        at, blocks, depth = self.places_of(recalled), two_streams.unpacked(kept), self.config.depth
         return HYContext(blocks[:depth], at, negative=blocks[depth:])
 
     def velocity(
@@ -214,11 +212,6 @@ class HYWorldPlay(Placed):
         """See `Costed.evaluation_flops`; attention to text is left out."""
         return cost.evaluation_flops(self.config, self._tokens, latents, context)
 
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """See `AttendsSparsely.token_grid`."""
-        return self.grid
-
     def clamp(self, x: Tensor, inputs: HYInputs) -> Tensor:
         """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
         return x
@@ -238,27 +231,6 @@ class HYWorldPlay(Placed):
     def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
         """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
         return given.planes(prompt.image, numbers, batch, self.latent_shape, self.network.enter.weight)
-
-
-def _joined(kept: Sequence[Tensor]) -> list[Tensor]:
-    """[B, depth, 2, heads, N, head_dim] of latents [B, depth, 2, heads, n, head_dim], those in one piece that lie
-    beside each other in memory, as those that were encoded together do: nothing is copied."""
-    pieces = list[Tensor]()
-    for one in kept:
-        before = pieces[-1] if pieces else None
-        if before is not None and _follows(one, before):
-            size = [*one.shape[:4], before.shape[4] + one.shape[4], one.shape[5]]
-            pieces[-1] = before.as_strided(size, before.stride(), before.storage_offset())
-        else:
-            pieces.append(one)
-    return pieces
-
-
-def _follows(x: Tensor, before: Tensor) -> bool:
-    """Whether the tokens of x [B, depth, 2, heads, n, head_dim] stand in memory right behind others'."""
-    there = before.storage_offset() + before.shape[4] * before.stride(4)
-    same = x.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
-    return same and x.stride() == before.stride() and x.storage_offset() == there
 
 
 def _prompt(encoded: object) -> HYPrompt:

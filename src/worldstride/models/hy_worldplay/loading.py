@@ -65,7 +65,7 @@ def load_hy_worldplay(
     else:
         variant = next(iter(VARIANTS))
     folder, (kind, steps, guidance) = path / variant, VARIANTS[variant]
-    tensors = _tensors(folder, f"folder {variant} of tencent/HY-WorldPlay")
+    tensors = published(folder, f"folder {variant} of tencent/HY-WorldPlay")
     config = HYConfig()  # what is published needs none; a file beside the weights tells of other sizes
     try:
         if (folder / "config.json").is_file():
@@ -89,14 +89,14 @@ def random_model(
     for i, module in enumerate((network, codec)):
         module.to_empty(device=device)
         module.to(dtype)
-        _draw(module, torch.Generator(device).manual_seed(seed + i))
+        draw(module, torch.Generator(device).manual_seed(seed + i))
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
     kind, steps, guidance = VARIANTS[variant]
     decoder = VideoDecoder(codec.channels_last().eval(), height, width)
     return kind(network.eval(), decoder, storage, steps, guidance)
 
 
-def _draw(module: nn.Module, generator: torch.Generator) -> None:
+def draw(module: nn.Module, generator: torch.Generator) -> None:
     """Weights whose products keep the size of what they are given; norms begin at one, biases at nothing."""
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -108,14 +108,15 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoVAE, str]:
-    tensors = _tensors(folder, f"folder vae of {_BASE}")
+    tensors = published(folder, f"folder vae of {_BASE}")
     config = folder / "config.json"
     settings = VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig()
     vae = filled(lambda: VideoVAE(settings), None, tensors, str(folder), "VAE of its configuration", device, dtype)
     return vae.channels_last().eval(), tensors.fingerprint()
 
 
-def _tensors(folder: Path, origin: str) -> Shards:
+def published(folder: Path, origin: str) -> Shards:
+    """The tensors of a folder's safetensors files; a `CheckpointError` says that they come from `origin`."""
     files = find(folder, _FILES)
     if not files:
         raise CheckpointError(f"{folder} holds none of {', '.join(_FILES)}; it is the {origin}")

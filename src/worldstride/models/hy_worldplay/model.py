@@ -6,7 +6,7 @@ they are attended to, so that what is kept of a latent stays true when the windo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -100,24 +100,21 @@ class HYNetwork(nn.Module):
     def context(
         self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
         where: Places | None = None,
-    ) -> list[KeysValues]:  # fmt: skip
-        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places.
+    ) -> Iterator[KeysValues]:  # fmt: skip
+        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, a pair a block.
 
-        They see other latents' `past`, too, a block's pieces each, at places `where`.
+        They are without their places, and views of all that was projected. Latents see others' `past`, too, a block's
+        pieces each, at places `where`.
         """
         x, about = self._entered(frames)
-        written, seen = list[KeysValues](), past or [()] * len(self.video)
-        for i, (block, words, kept) in enumerate(zip(self.video, text, seen, strict=True)):
+        seen = past or [()] * len(self.video)
+        for i, (block, words, kept) in enumerate(zip(self._video_blocks(), text, seen, strict=True)):
             rows, (q, k, v) = self.begin(block, x, about)
-            written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
-            if len(written) < len(self.video):  # the last block's tokens go nowhere
-                how, own = of_layer(attend, i, "context"), (k, v)
-                if not kept:
-                    both = two_streams.among_context(q, own, frames.at, words, how)
-                else:
-                    both = two_streams.attended(q, own, frames.at, words, kept, where, how)
+            yield k, v
+            if i + 1 < len(self.video):  # the last block's tokens go nowhere
+                how = of_layer(attend, i, "context")
+                both = two_streams.of_context(q, (k, v), frames.at, words, kept, where, how)
                 x = self.end(block, x, both, rows)
-        return written
 
     def velocity(
         self, frames: Frames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,
@@ -132,14 +129,8 @@ class HYNetwork(nn.Module):
         past = context or [()] * len(self.video)
         for i, (block, words, kept) in enumerate(zip(self.video, text, past, strict=True)):
             rows, (q, k, v) = self.begin(block, x, about)
-            how, own = of_layer(attend, i, "chunk"), (k, v)
-            if reused:
-                both = two_streams.resumed(q, own, frames.at, words, reused[i], attend)
-            elif outer is not None:
-                both, part = two_streams.captured(q, own, frames.at, words, kept, where, how)
-                outer.append(part)
-            else:
-                both = two_streams.attended(q, own, frames.at, words, kept, where, how)
+            how, own, known = of_layer(attend, i, "chunk"), (k, v), reused[i] if reused else None
+            both = two_streams.of_chunk(q, own, frames.at, words, kept, where, how, outer, known)
             x = self.end(block, x, both, rows)
         return self._left(x, about, frames)
 

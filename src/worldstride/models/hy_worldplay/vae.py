@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +22,11 @@ from worldstride.models.hy_worldplay.vae_layers import (
     Middle,
     ResidualBlock,
     Upsample,
+    carried,
+    check_clip,
+    check_stream,
     group_means,
+    lay_out,
 )
 
 _IGNORED = ("sample_size", "sample_tsize", "shift_factor")
@@ -224,20 +227,17 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self._carried: list[str] = []
-        for name, module in self.decoder.named_modules():
-            if isinstance(module, CausalConv):
-                module.name = name
-                self._carried.append(name)
+        self._carried = carried(self.decoder)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """See `decoder.VideoCodec.statistics`: this VAE's latents are scaled, not shifted."""
+        channels = self.config.latent_channels
+        return (0.0,) * channels, (1 / self.config.scaling_factor,) * channels
 
     def channels_last(self) -> VideoVAE:
-        """Lay the convolutions' weights out in memory as activations lie, in place: saves a GPU turning them around.
-
-        `to(memory_format=...)` cannot, for the norms' weights have four dimensions.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        """See `vae_layers.lay_out`."""
+        lay_out(self)
         return self
 
     def decode(self, z: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -246,15 +246,7 @@ class VideoVAE(nn.Module):
         The state of a fresh world is empty; its first latent is one frame, every other four. Frames are the decoder's
         own output, not clamped. Every tensor of the state has worlds as its first dimension.
         """
-        channels = self.config.latent_channels
-        if z.ndim != 5 or z.shape[1] != channels or 0 in z.shape or not z.is_floating_point():
-            raise InputError(f"latents must be floating-point [B, {channels}, T, h, w], got {z.dtype} {list(z.shape)}")
-        if state and state.keys() != set(self._carried):
-            odd = sorted(state.keys() ^ set(self._carried))
-            raise InputError(
-                f"state must be empty or what decode returned, one tensor for each of {len(self._carried)} "
-                f"convolutions; {odd[0]!r} is {'unknown' if odd[0] in state else 'missing'}"
-            )
+        check_stream(z, state, self.config.latent_channels, self._carried)
         memory = Memory(state)
         frames = self.decoder(z.to(self.decoder.conv_in.conv.weight.dtype), memory)
         return frames, memory.kept
@@ -265,15 +257,7 @@ class VideoVAE(nn.Module):
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each [B, C, 1 + k, H / 16, W / 16], of latents of frames [B, 3, 1 + 4 k, H, W]"""
-        c, shape = self.config, list(frames.shape)
-        if frames.ndim != 5 or shape[1] != c.in_channels or 0 in shape or not frames.is_floating_point():
-            raise InputError(f"frames must be floating-point [B, {c.in_channels}, F, H, W], got {frames.dtype} {shape}")
-        if (shape[2] - 1) % c.ffactor_temporal:
-            t = c.ffactor_temporal
-            raise InputError(f"a clip must have 1, {1 + t}, {1 + 2 * t}, ... frames (1 + {t} k), got {shape[2]}")
-        if shape[3] % c.ffactor_spatial or shape[4] % c.ffactor_spatial:
-            raise InputError(
-                f"frames must be multiples of {c.ffactor_spatial} pixels high and wide, got {shape[3]} x {shape[4]}"
-            )
+        c = self.config
+        check_clip(frames, c.in_channels, c.ffactor_spatial, c.ffactor_temporal)
         mean, log_variance = self.encoder(frames.to(self.encoder.conv_in.conv.weight.dtype)).chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)

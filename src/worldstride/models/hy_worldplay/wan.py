@@ -8,7 +8,7 @@ values of context latents are kept before any place is given to them, as `model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend, streams
-from worldstride.attention.streams import KeysValues, Places
+from worldstride.attention import Attend, Partial, of_layer
+from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.errors import InputError, did_you_mean, integer_from, number_in
+from worldstride.models.hy_worldplay import two_streams
 from worldstride.models.hy_worldplay.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated, rms_norm
 
 PATCH = 2
@@ -214,32 +215,36 @@ class WanNetwork(nn.Module):
         return [block.words.of_text(words) for block in self._blocks()]
 
     def context(
-        self, frames: WanFrames, text: Sequence[KeysValues], attend: Attend, past: Sequence[KeysValues] = (),
+        self, frames: WanFrames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
         where: Places | None = None,
-    ) -> list[KeysValues]:  # fmt: skip
-        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, without their places.
-
-        They see other latents' `past`, too, at places `where`, if that is given.
-        """
+    ) -> Iterator[KeysValues]:  # fmt: skip
+        """See `HYNetwork.context`; the text is asked apart from other latents."""
         x, _, level = self._entered(frames)
-        written, seen = list[KeysValues](), past if where is not None else [None] * len(self.blocks)
-        for block, words, kept in zip(self._blocks(), text, seen, strict=True):
+        seen = past or [()] * len(self.blocks)
+        for i, (block, words, kept) in enumerate(zip(self._blocks(), text, seen, strict=True)):
             rows, (q, k, v) = self.begin(block, x, level)
-            written.append((k.contiguous(), v.contiguous()))  # else they hold all that was projected
-            if len(written) < len(self.blocks):  # the last block's tokens go nowhere
-                x = self._through(block, x, rows, _attended(q, (k, v), frames.at, kept, where, attend), words, attend)
-        return written
+            yield k, v
+            if i + 1 < len(self.blocks):  # the last block's tokens go nowhere
+                how = of_layer(attend, i, "context")
+                both = two_streams.of_context(q, (k, v), frames.at, None, kept, where, how)
+                x = self._through(block, x, rows, both, words, attend)
 
     def velocity(
-        self, frames: WanFrames, text: Sequence[KeysValues], context: Sequence[KeysValues], where: Places | None,
-        attend: Attend,
+        self, frames: WanFrames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,
+        attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
     ) -> Tensor:  # fmt: skip
-        """Velocity [B, T, channels, h, w] against text and a context at places `where`; None is no context."""
+        """Velocity [B, T, channels, h, w] against text and a context, a block's pieces each, at places `where`.
+
+        A list given as `outer` is filled with every block's attention to the context, which a later evaluation takes
+        as `reused` in its place; attention to the text is always computed.
+        """
         x, about, level = self._entered(frames)
-        past = context if where is not None else [None] * len(self.blocks)
-        for block, words, kept in zip(self._blocks(), text, past, strict=True):
+        past = context or [()] * len(self.blocks)
+        for i, (block, words, kept) in enumerate(zip(self._blocks(), text, past, strict=True)):
             rows, (q, k, v) = self.begin(block, x, level)
-            x = self._through(block, x, rows, _attended(q, (k, v), frames.at, kept, where, attend), words, attend)
+            how, own, known = of_layer(attend, i, "chunk"), (k, v), reused[i] if reused else None
+            both = two_streams.of_chunk(q, own, frames.at, None, kept, where, how, outer, known)
+            x = self._through(block, x, rows, both, words, attend)
         return self._left(x, about, frames)
 
     def _blocks(self) -> Sequence[WanBlock]:
@@ -273,12 +278,3 @@ class WanNetwork(nn.Module):
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """Tokens [B, N, width] as [B, heads, N, head_dim]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _attended(
-    q: Tensor, own: KeysValues, at: Places, context: KeysValues | None, where: Places | None, attend: Attend
-) -> Tensor:
-    """Attention [B, N, 2 width] of queries [B, heads, N, head_dim] in both streams to context and themselves."""
-    none = own[0][:1, :, :0], own[1][:1, :, :0]
-    keys, values = streams.every_key(none, () if context is None else (context,), where, own, at)
-    return streams.back(attend(streams.of_queries(q, at), keys, values), at)
