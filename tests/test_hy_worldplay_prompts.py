@@ -37,6 +37,8 @@ def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path):
     picture(64, 32).save(tmp_path / "turned.png", exif=exif)
     expected = torch.from_numpy(np.array(picture(64, 32).rotate(-90, expand=True)))
     assert torch.equal(fit_image(tmp_path / "turned.png", 64, 32), expected)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert torch.equal(fit_image(opened, 64, 32), expected)
     grey = Image.new("LA", (64, 32), (100, 0))
     assert torch.equal(fit_image(grey, 32, 64), torch.full((32, 64, 3), 100, dtype=torch.uint8))
 
