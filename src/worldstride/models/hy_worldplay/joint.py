@@ -142,10 +142,10 @@ class HYJoint(Placed):
         Several may name the same clip, or one that the window shows already: then fewer than `count` latents come
         back. A clip's share is the largest that any four saw. `InputError` on parts of clips.
         """
-        clip, allowed, end = self.retrieval.clip, self.clips_of(candidates, count), candidates[-1] + 1
-        named, nearest = set[int](), dict[int, float]()
+        clip, allowed = self.retrieval.clip, self.clips_of(candidates, count)
         if not allowed:
             return [], []
+        named, nearest, end = set[int](), dict[int, float](), candidates[-1] + 1
         for i, asking in enumerate(coming.split(self.retrieval.query)):
             # the window that a query leaves out ends just before it: later ones may name what the chunk's window holds
             behind = min(end + i * self.retrieval.query, len(cameras))

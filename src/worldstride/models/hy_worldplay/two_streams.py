@@ -85,7 +85,7 @@ def whole(pairs: Iterable[KeysValues]) -> tuple[Pieces, ...]:
 
 def packed(pairs: Iterable[KeysValues], blocks: int, latents: int) -> Tensor:
     """What is kept of so many latents, [B, latents, blocks, 2, heads, n, head_dim], from keys and values, a pair a
-    block; each is let go of before the next is made."""
+    block; of these only one or two are held beside it."""
     made: Tensor | None = None
     for i, pair in enumerate(pairs):
         if made is None:
