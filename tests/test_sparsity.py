@@ -174,7 +174,10 @@ def test_new_context_latents_choose_among_kept_ones_by_the_contexts_rule():
 
 
 @pytest.mark.parametrize("kind", ["chunk", "context"])
-def test_new_latents_are_neighbours_of_what_lies_just_before_them(kind: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("segments", [SEGMENTS, (NEW,)], ids=str)
+def test_new_latents_are_neighbours_of_what_lies_just_before_them(
+    kind: Any, segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
     chosen, select = list[Tensor](), sparsity.select
 
     def watched(*args: Any) -> Any:
@@ -183,13 +186,14 @@ def test_new_latents_are_neighbours_of_what_lies_just_before_them(kind: Any, mon
         return found
 
     monkeypatch.setattr(sparsity, "select", watched)
-    rule, (q, past, own) = Selection(keep=0.0, neighbours=1), chunk_inputs()
-    owner = SparseAttend(attend, asking("boxes", denoise=rule, context=rule), GRID, SEGMENTS)
+    rule, (q, past, own) = Selection(keep=0.0, neighbours=1), chunk_inputs(past=sum(segments))
+    owner = SparseAttend(attend, Sparsity((1, 4, 4), "boxes", rule, rule, dense_layers=0), GRID, segments)
     owner.at(1, kind).chunk(q, past, own)
     keys, values = (torch.cat(parts, 2) for parts in zip(past, own, strict=True))
     owner.at(1, kind).joined(q, keys, values, past[0].shape[2])
-    layout = owner.layout(sum(SEGMENTS), q.device)
+    layout = owner.layout(sum(segments), q.device)
     last = layout.places[:, 0] == layout.places[:, 0].max()
+    assert len(chosen) == 2
     for table in chosen:
         first = table[:, :, : int(last.sum()), : layout.blocks]  # blocks of the chunk's first latents
         assert bool((first.sum(-1) == 1).all()) and not bool(first[..., ~last].any())

@@ -219,27 +219,33 @@ class LayerAttend(Attending):
 
         Sparse where they are context latents; a chunk's own are always attended to.
         """
-        return self.joined(q, k, v, k.shape[2] if self._kind == "context" else 0)
+        return self.joined(q, k, v, k.shape[2] if self._kind == "context" else 0, among=True)
 
     @overload
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[False] = False) -> Tensor: ...
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[False] = False, among: bool = False
+    ) -> Tensor: ...
 
     @overload
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[True]) -> Partial: ...
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[True], among: bool = False
+    ) -> Partial: ...
 
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: bool = False) -> Tensor | Partial:
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: bool = False, among: bool = False
+    ) -> Tensor | Partial:
         """New tokens attend to keys and values [B, H, Nk, E], of which `free` ones may be left out: the context's.
 
         These come first, in natural order; all others are attended to, in whatever order they lie. Blocks are not
-        kept for a next call. Returns the output [B, H, Nq, E], with `lse` as a `Partial`.
+        kept for a next call. With `among` they are the queries' own tokens, which attend to each other; without it new
+        tokens stand behind them. Returns the output [B, H, Nq, E], with `lse` as a `Partial`.
         """
         rule, owner = self._rule, self._owner
         if rule is None or not self._sparse or not free:
             return self._densely(q, k, v, lse)
         tokens = owner.grid[0] * owner.grid[1]
         each, rest = free // tokens, k.shape[2] - free
-        alone = q.shape[2] == free and self._kind == "context"
-        queries = owner.layout(each, q.device) if alone else owner.own(q.shape[2] // tokens, q.device, each)
+        queries = owner.layout(each, q.device) if among else owner.own(q.shape[2] // tokens, q.device, each)
         keys = owner.every(each, 0, rest, q.device)
         way = owner.decided(self._kind, q, queries, keys, rest, rule).way
         if way == "dense":
