@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from worldstride import Engine, Session
 from worldstride.acceleration import resolve
+from worldstride.bench.verify_hy_worldplay import weights_of
 from worldstride.engine import EngineSource
 from worldstride.models.hy_worldplay import weights
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
@@ -69,12 +69,7 @@ class Golden:
 def golden() -> Golden:
     with safe_open(str(GOLDEN), "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
-    published = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
-    for i, name in enumerate(("byt5_in.fc1.weight", "byt5_in.fc2.weight")):  # too large to be stored
-        shape = json.loads(metadata[f"shape:{name}"])
-        values = np.random.RandomState(1000 + i).standard_normal(shape).astype(np.float32)
-        published[name] = torch.from_numpy((values / np.sqrt(shape[1])).astype(np.float32))
-    return Golden(metadata, tensors, published, HYConfig.from_json(json.loads(metadata["config"])))
+    return Golden(metadata, tensors, weights_of(metadata, tensors), HYConfig.from_json(json.loads(metadata["config"])))
 
 
 @cache

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from hy_golden import CPU, VAE, golden
 from worldstride.bench.rollout import STAGES
 from worldstride.cli import main
+from worldstride.commands.beginning import read_prompt
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.loading import random_model
+from worldstride.models.hy_worldplay.prompts import save_prompt
 from worldstride.models.registry import ModelEntry, find
 from worldstride.picture import fit_picture, read_picture
 from worldstride.trajectory import counts_latents
@@ -81,6 +83,25 @@ def test_a_rollout_begins_with_an_image_and_a_prompt(files: list[str], tmp_path:
     assert main([*going_on, "--scale", "1"]) == 0
     assert tuple(read_video(onward).shape) == (64, HEIGHT, WIDTH, 3)
     assert "a saved world knows its image and prompt" in failure([*going_on, *files], capsys)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_rollout_takes_what_the_prompt_command_saves_and_refuses_damage(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved, states = tmp_path / "saved.safetensors", golden().prompt
+    save_prompt(saved, states, "a lake")
+    given = ["--trajectory", "w-3", *files[:2], "--prompt", str(saved), "--report", str(tmp_path / "r.json")]
+    options = ["rollout", "hy_worldplay", "--device", "cpu", *given]
+    assert main(options) == 0
+    assert {name: t.tolist() for name, t in read_prompt(saved).items()} == {n: t.tolist() for n, t in states.items()}
+    whole = saved.read_bytes()
+    for damaged, told in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "damaged: its contents miss their checksum; encode it anew"),
+        (whole[:-9], "cannot read the prompt"),
+    ):
+        saved.write_bytes(damaged)
+        assert told in failure(options, capsys)
 
 
 @pytest.mark.usefixtures("small")

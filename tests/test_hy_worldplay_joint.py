@@ -206,6 +206,10 @@ def test_the_context_is_the_union_of_the_queries(seed: int):
     assert {0, 4} < sizes  # several queries named the same clip, and they named different ones
 
 
+def test_nothing_to_choose_from_brings_nothing_back():
+    assert model().recall(torch.eye(4).expand(12, 4, 4), torch.eye(4).expand(16, 4, 4), SOME, [], 0) == ([], [])
+
+
 def test_a_straight_walk_brings_one_clip_back():
     reports = [begin_and_step(Acceleration())[k] for k in range(4)]
     assert [r.context_latents for r in reports] == [0, 16, 20, 20]

@@ -1,4 +1,4 @@
-"""HY-WorldPlay's pose strings, pose files and action labels: against the golden rollout and by hand."""
+"""HY-WorldPlay's pose strings, pose files, intrinsics and action labels: against the golden rollout and by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,16 +16,8 @@ from torch import Tensor
 
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.labels import labels
-from worldstride.models.hy_worldplay.poses import (
-    Poses,
-    intrinsics,
-    motion,
-    parse_poses,
-    poses_from_json,
-    poses_to_json,
-    read_poses,
-    write_poses,
-)
+from worldstride.models.hy_worldplay.poses import intrinsics, motion, parse_poses
+from worldstride.trajectory import load_trajectory
 
 GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 IDENTITY = torch.eye(4, dtype=torch.float64)
@@ -195,71 +186,20 @@ def test_unknown_move():
         motion(["w", "jump"])
 
 
-def test_files_come_back(tmp_path: Path):
-    poses = parse_poses("w-3,up-2,right-4")
-    path = tmp_path / "pose.json"
-    write_poses(path, poses)
-    found = read_poses(path)
-    assert torch.equal(found.cameras, poses.cameras)
-    torch.testing.assert_close(found.intrinsics, poses.intrinsics, rtol=1e-15, atol=0)
-    stored = json.loads(path.read_text())
-    assert list(stored) == [str(i) for i in range(10)]
-    assert stored["1"]["extrinsic"][2] == [0, 0, 1, 0.08]  # camera-to-world, rows first
-    pixels = stored["0"]["K"]
-    assert pixels[0] == pytest.approx([969.697, 0, 960], abs=1e-3) and pixels[1] == pytest.approx(
-        [0, 969.697, 540], abs=1e-3
-    )
-
-
 def test_published_intrinsics():
-    entry = {"extrinsic": IDENTITY.tolist(), "K": [[969.697, 0, 960.0], [0, 969.697, 540.0], [0, 0, 1]]}
-    found = poses_from_json({"0": entry}).intrinsics
-    torch.testing.assert_close(found, golden("in_out/Ks")[0, 0], rtol=0, atol=1e-6)
     torch.testing.assert_close(intrinsics(), golden("in_out/Ks")[0, 0], rtol=0, atol=1e-15)
+    found = intrinsics(969.697, 969.697, 960.0, 540.0)
     assert found[0, 0] == 969.697 / 1920 and found[1, 1] == 969.697 / 1080
+    with pytest.raises(InputError, match=r"fx must be a positive number of pixels, got -1\.0"):
+        intrinsics(fx=-1.0)
 
 
-def test_order_of_latents_is_their_number():
-    data: dict[str, Any] = poses_to_json(parse_poses("w-11"))
-    shuffled = dict(sorted(data.items()))  # "0", "1", "10", "11", "2", ...
-    assert torch.equal(poses_from_json(shuffled).cameras, parse_poses("w-11").cameras)
-
-
-GOOD = {"extrinsic": IDENTITY.tolist(), "K": [[900.0, 0, 960.0], [0, 900.0, 540.0], [0, 0, 1]]}
-
-
-@pytest.mark.parametrize(
-    ("data", "told"),
-    [
-        ([GOOD], "poses must be an object with an entry for every latent"),
-        ({}, "poses must be an object"),
-        ({"0": GOOD, "2": GOOD}, 'latent 1 of 2: expected an entry "1" with "extrinsic" and "K"'),
-        ({"0": {"extrinsic": GOOD["extrinsic"]}}, 'latent 0 of 1: expected an entry "0"'),
-        ({"0": GOOD | {"extrinsic": [[1, 0], [0, 1]]}}, 'latent 0: "extrinsic" must be 4 rows of 4 numbers, got'),
-        ({"0": GOOD | {"extrinsic": "no"}}, 'latent 0: "extrinsic" must be 4 rows of 4 numbers'),
-        ({"0": GOOD, "1": GOOD | {"extrinsic": (2 * IDENTITY).tolist()}}, r"extrinsic\[1\] is no rigid"),
-        ({"0": GOOD | {"K": [[math.nan, 0, 1], [0, 1, 1], [0, 0, 1]]}}, 'latent 0: "K" holds NaN'),
-        ({"0": GOOD | {"K": [[-1.0, 0, 1], [0, 1, 1], [0, 0, 1]]}}, 'latent 0: "K": fx must be a positive .*-1.0'),
-        ({"0": GOOD | {"K": [[1, 0.5, 1], [0, 1, 1], [0, 0, 1]]}}, 'latent 0: "K" must be .*0.5'),
-        ({"0": GOOD, "1": GOOD | {"K": [[800.0, 0, 960], [0, 900, 540], [0, 0, 1]]}}, "latent 1.*that of latent 0"),
-    ],
-)
-def test_wrong_files_are_told(data: object, told: str, tmp_path: Path):
-    with pytest.raises(InputError, match=told):
-        poses_from_json(data)
-    path = tmp_path / "pose.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(InputError, match=f"cannot read the pose file .*{told}"):
-        read_poses(path)
-
-
-def test_files_that_are_none(tmp_path: Path):
-    with pytest.raises(InputError, match="cannot read the pose file"):
-        read_poses(tmp_path / "missing.json")
-    (tmp_path / "torn.json").write_text('{"0": ')
-    with pytest.raises(InputError, match="cannot read the pose file"):
-        read_poses(tmp_path / "torn.json")
-    with pytest.raises(InputError, match="principal point at"):
-        poses_to_json(Poses(IDENTITY[None], torch.tensor([[900.0, 0, 960], [0, 900, 540], [0, 0, 1]])))
-    with pytest.raises(InputError, match="at least one camera"):
-        poses_to_json(Poses(IDENTITY[None][:0], intrinsics()))
+def test_published_pose_files_are_trajectories(tmp_path: Path):
+    poses, pixels = parse_poses("w-3,up-2,right-5"), [[969.697, 0, 960.0], [0, 969.697, 540.0], [0, 0, 1]]
+    file = tmp_path / "pose.json"
+    entries = {str(i): {"extrinsic": camera.tolist(), "K": pixels} for i, camera in enumerate(poses.cameras)}
+    file.write_text(json.dumps(dict(sorted(entries.items()))))  # "0", "1", "10", "2", ...
+    found = load_trajectory(file)
+    assert found.cameras is not None and found.intrinsics is not None
+    torch.testing.assert_close(found.cameras, poses.cameras.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.intrinsics, golden("in_out/Ks")[0, :1].float().expand(11, 3, 3), rtol=0, atol=1e-6)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hy_encoders import GLYPHS, TEXT, VISION, picture
 from worldstride.errors import InputError, SaveFileError
 from worldstride.models.hy_worldplay.prompts import fit_image, load_prompt, save_prompt
+from worldstride.savefile import PROMPT, write_save
 
 # The first image
 
@@ -37,6 +38,8 @@ def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path):
     picture(64, 32).save(tmp_path / "turned.png", exif=exif)
     expected = torch.from_numpy(np.array(picture(64, 32).rotate(-90, expand=True)))
     assert torch.equal(fit_image(tmp_path / "turned.png", 64, 32), expected)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert torch.equal(fit_image(opened, 64, 32), expected)
     grey = Image.new("LA", (64, 32), (100, 0))
     assert torch.equal(fit_image(grey, 32, 64), torch.full((32, 64, 3), 100, dtype=torch.uint8))
 
@@ -91,7 +94,7 @@ def test_states_that_are_no_prompt_are_not_saved(tmp_path: Path, change: dict[st
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_no_prompt_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_that_are_no_prompt_are_refused(tmp_path: Path):
     file = tmp_path / "prompt.safetensors"
     save_prompt(file, states(), "a street")
     good = file.read_bytes()
@@ -106,8 +109,22 @@ def test_files_that_are_no_prompt_are_refused(tmp_path: Path, monkeypatch: pytes
         load_prompt(file)
     with pytest.raises(SaveFileError, match="cannot read the saved prompt"):
         load_prompt(tmp_path / "nothing")
-    monkeypatch.setattr("worldstride.models.hy_worldplay.prompts._MODEL", "another")
-    save_prompt(file, states(), "a street")
-    monkeypatch.undo()
-    with pytest.raises(SaveFileError, match="a prompt for 'another', not for 'hy_worldplay'"):
+    write_save(file, {"model": "another"}, states(), PROMPT)
+    with pytest.raises(SaveFileError, match="a prompt for 'another', not for 'hy_worldplay' or 'hy_worldplay_wan'"):
         load_prompt(file)
+    write_save(file, {"model": ["hy_worldplay"]}, states(), PROMPT)
+    with pytest.raises(SaveFileError, match=r"a prompt for \['hy_worldplay'\], not for"):
+        load_prompt(file)
+
+
+def test_the_wan_variants_prompt_is_its_text_alone(tmp_path: Path):
+    file, text = tmp_path / "prompt.safetensors", states()["text"]
+    save_prompt(file, {"text": text}, "a street", model="hy_worldplay_wan")
+    (name, back), *more = load_prompt(file).items()
+    assert (name, more) == ("text", []) and torch.equal(back, text)
+    with pytest.raises(InputError, match="unknown prompt states 'glyphs'; known: text, text_mask"):
+        save_prompt(file, states(), "a street", model="hy_worldplay_wan")
+    with pytest.raises(InputError, match="a prompt needs states named vision"):
+        save_prompt(file, {"text": text}, "a street")
+    with pytest.raises(InputError, match="prompts are saved for hy_worldplay or hy_worldplay_wan, got 'courtyard'"):
+        save_prompt(file, states(), "a street", model="courtyard")

@@ -273,7 +273,7 @@ def test_prompts_that_do_not_fit_are_refused(small: Engine):
         with pytest.raises(InputError, match=text):
             small.open(picture(), torch.eye(4)[None], prompt).step(FORWARD)
     still = torch.eye(4).expand(1, 4, 4, 4)
-    with pytest.raises(InputError, match="WAN needs an encoded prompt; begin worlds with Engine"):
+    with pytest.raises(InputError, match="'hy_worldplay_wan' needs an encoded prompt; begin worlds with Engine"):
         small.model.prepare(Conditions(0, still, still, small.model.intrinsics, led=(0, 0, 0, 0)))
     of = model()
     with pytest.raises(InputError, match="multiples of 32 pixels high and wide, got 48 x 96"):

@@ -61,7 +61,8 @@ def layouts_of(style: str) -> tuple[Layout, Layout]:
     """Blocks of the chunk, and of the context and the chunk."""
     make = {"boxes": boxes, "serpentine": serpentine}[style]
     queries = make((NEW, *GRID), TILE)
-    return queries, join([*(make((n, *GRID), TILE) for n in SEGMENTS if n), queries.always()])
+    keys = join([*(make((n, *GRID), TILE) for n in SEGMENTS if n), queries.always()])
+    return replace(queries, places=keys.places[-queries.blocks :]), keys  # the chunk lies behind the context
 
 
 def by_hand(style: str, q: Tensor, past: Pair, own: Pair, rule: Selection) -> tuple[Tensor, float]:
@@ -170,6 +171,32 @@ def test_new_context_latents_choose_among_kept_ones_by_the_contexts_rule():
     other = SparseAttend(attend, asking(denoise=Selection(keep=0.3)), GRID, SEGMENTS)
     assert torch.equal(owner.at(1, "context").chunk(*given), other.at(1, "chunk").chunk(*given))
     assert owner.report().density["context"] == other.report().density["chunk"] < 1
+
+
+@pytest.mark.parametrize("kind", ["chunk", "context"])
+@pytest.mark.parametrize("segments", [SEGMENTS, (NEW,)], ids=str)
+def test_new_latents_are_neighbours_of_what_lies_just_before_them(
+    kind: Any, segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    chosen, select = list[Tensor](), sparsity.select
+
+    def watched(*args: Any) -> Any:
+        found = select(*args)
+        chosen.append(found.table())
+        return found
+
+    monkeypatch.setattr(sparsity, "select", watched)
+    rule, (q, past, own) = Selection(keep=0.0, neighbours=1), chunk_inputs(past=sum(segments))
+    owner = SparseAttend(attend, Sparsity((1, 4, 4), "boxes", rule, rule, dense_layers=0), GRID, segments)
+    owner.at(1, kind).chunk(q, past, own)
+    keys, values = (torch.cat(parts, 2) for parts in zip(past, own, strict=True))
+    owner.at(1, kind).joined(q, keys, values, past[0].shape[2])
+    layout = owner.layout(sum(segments), q.device)
+    last = layout.places[:, 0] == layout.places[:, 0].max()
+    assert len(chosen) == 2
+    for table in chosen:
+        first = table[:, :, : int(last.sum()), : layout.blocks]  # blocks of the chunk's first latents
+        assert bool((first.sum(-1) == 1).all()) and not bool(first[..., ~last].any())
 
 
 @pytest.mark.parametrize("words", [0, 5, 200])
@@ -391,6 +418,10 @@ def test_no_block_reaches_from_one_part_of_the_context_into_another(style: str):
     assert torch.equal(both.order[: layout.tokens], layout.order)
     assert torch.equal(both.order[layout.tokens :], owner.own(2, torch.device("cpu")).order + layout.tokens)
     assert (both.free, both.kept.tolist()) == (layout.blocks, [i >= layout.blocks for i in range(both.blocks)])
+    # where the chunk's queries stand tells which blocks of the context are their neighbours: the last ones
+    behind = owner.own(2, torch.device("cpu"), 5)
+    assert torch.equal(behind.order, owner.own(2, torch.device("cpu")).order)
+    assert torch.equal(behind.places, both.places[layout.blocks :])
     text = owner.every(5, 0, 130, torch.device("cpu"))
     assert (text.tokens, text.free, text.sizes[-2:].tolist()) == (layout.tokens + 130, layout.blocks, [128, 2])
 

@@ -24,6 +24,10 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def fit_picture(picture: Image.Image, height: int, width: int) -> Tensor:
-    """The picture cut around the middle to the shape of a frame and resized with Lanczos: uint8 [height, width, 3]."""
-    fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    """The picture, upright, cut around the middle to the shape of a frame and resized with Lanczos.
+
+    Returns uint8 [height, width, 3].
+    """
+    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted))

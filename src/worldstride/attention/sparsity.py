@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, overload
 
 import torch
@@ -128,30 +128,43 @@ class SparseAttend(Attending):
 
     def layout(self, frames: int, device: torch.device) -> Layout:
         """Blocks of context latents, which lie within its segments."""
-        parts = self.segments if sum(self.segments) == frames else (frames,)
-        return self._made((parts, (), 0), device)
+        return self._made((self._parts(frames), (), 0), device)
 
-    def own(self, frames: int, device: torch.device) -> Layout:
-        """Blocks of a chunk's latents, always attended to."""
-        return self._made(((), (frames,), 0), device)
+    def own(self, frames: int, device: torch.device, past: int = 0) -> Layout:
+        """Blocks of a chunk's latents, always attended to; they are neighbours of the last of `past` latents."""
+        return self._made(((), (frames,), 0), device, self._parts(past))
 
     def every(self, past: int, frames: int, rest: int, device: torch.device) -> Layout:
         """Blocks of the context's latents, then of the chunk's, then of tokens that lie on no grid."""
-        parts = self.segments if sum(self.segments) == past else (past,) if past else ()
-        return self._made((parts, (frames,) if frames else (), rest), device)
+        return self._made((self._parts(past), (frames,) if frames else (), rest), device)
 
     def remark(self, text: str) -> None:
         """Something that the report is to say."""
         self._remark = text
 
-    def _made(self, parts: tuple[tuple[int, ...], tuple[int, ...], int], device: torch.device) -> Layout:
-        """Made on the host and sent to the device once: joining what is on a device would wait for it."""
-        key = (parts, self.grid, self.settings.tile, self.settings.layout, str(device))
+    def _parts(self, past: int) -> tuple[int, ...]:
+        """Latents of each part of a context of so many."""
+        return self.segments if sum(self.segments) == past else (past,) if past else ()
+
+    def _made(
+        self, parts: tuple[tuple[int, ...], tuple[int, ...], int], device: torch.device, before: tuple[int, ...] = ()
+    ) -> Layout:
+        """Made on the host and sent to the device once: joining what is on a device would wait for it.
+
+        Places on the grid count from the first latent, or go on behind parts that lie `before` it.
+        """
+        key = (parts, before, self.grid, self.settings.tile, self.settings.layout, str(device))
         if key not in self._layouts:
             make = STYLES[self.settings.layout]
-            free, kept = ([make((n, *self.grid), self.settings.tile) for n in some] for some in parts[:2])
+            earlier, free, kept = (
+                [make((n, *self.grid), self.settings.tile) for n in some] for some in (before, *parts[:2])
+            )
             kept += [runs(parts[2])] if parts[2] else []
-            self._layouts[key] = join([*free, *(k.always() for k in kept)]).to(device)
+            made = join([*free, *(k.always() for k in kept)])
+            if earlier:
+                later = int(join(earlier).places[:, 0].max()) + 1
+                made = replace(made, places=made.places + torch.tensor([later, 0, 0], dtype=torch.int32))
+            self._layouts[key] = made.to(device)
         return self._layouts[key]
 
     def decided(self, kind: Pass, q: Tensor, queries: Layout, keys: Layout, kept: int, rule: Selection) -> Decision:
@@ -206,27 +219,33 @@ class LayerAttend(Attending):
 
         Sparse where they are context latents; a chunk's own are always attended to.
         """
-        return self.joined(q, k, v, k.shape[2] if self._kind == "context" else 0)
+        return self.joined(q, k, v, k.shape[2] if self._kind == "context" else 0, among=True)
 
     @overload
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[False] = False) -> Tensor: ...
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[False] = False, among: bool = False
+    ) -> Tensor: ...
 
     @overload
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[True]) -> Partial: ...
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: Literal[True], among: bool = False
+    ) -> Partial: ...
 
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: bool = False) -> Tensor | Partial:
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, free: int, lse: bool = False, among: bool = False
+    ) -> Tensor | Partial:
         """New tokens attend to keys and values [B, H, Nk, E], of which `free` ones may be left out: the context's.
 
         These come first, in natural order; all others are attended to, in whatever order they lie. Blocks are not
-        kept for a next call. Returns the output [B, H, Nq, E], with `lse` as a `Partial`.
+        kept for a next call. With `among` they are the queries' own tokens, which attend to each other; without it new
+        tokens stand behind them. Returns the output [B, H, Nq, E], with `lse` as a `Partial`.
         """
         rule, owner = self._rule, self._owner
         if rule is None or not self._sparse or not free:
             return self._densely(q, k, v, lse)
         tokens = owner.grid[0] * owner.grid[1]
         each, rest = free // tokens, k.shape[2] - free
-        alone = q.shape[2] == free and self._kind == "context"
-        queries = owner.layout(each, q.device) if alone else owner.own(q.shape[2] // tokens, q.device)
+        queries = owner.layout(each, q.device) if among else owner.own(q.shape[2] // tokens, q.device, each)
         keys = owner.every(each, 0, rest, q.device)
         way = owner.decided(self._kind, q, queries, keys, rest, rule).way
         if way == "dense":
@@ -253,7 +272,7 @@ class LayerAttend(Attending):
             return self._to_all(q, past, own)
         tokens = owner.grid[0] * owner.grid[1]
         before, made = past[0].shape[2] // tokens, q.shape[2] // tokens
-        queries, keys = owner.own(made, q.device), owner.every(before, made, 0, q.device)
+        queries, keys = owner.own(made, q.device, before), owner.every(before, made, 0, q.device)
         way = owner.decided(self._kind, q, queries, keys, queries.tokens, rule).way
         if way == "dense":
             return self._to_all(q, past, own)

@@ -73,9 +73,7 @@ class _Replay:
     def __init__(self, case: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
         self.metadata, self.tensors = metadata, tensors
         config = HYConfig.from_json(json.loads(metadata["config"]))
-        weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
-        weights |= {name: _drawn(metadata, name) for name in json.loads(metadata.get("omitted_weights", "{}"))}
-        self.network: HYNetwork = build(config, weights, str(case))
+        self.network: HYNetwork = build(config, weights_of(metadata, tensors), str(case))
         given = {k.removeprefix("in_out/"): v for k, v in tensors.items() if k.startswith("in_out/")}
         self.given = given
         self.cameras = torch.linalg.inv(given["viewmats"].double()).float()
@@ -157,6 +155,12 @@ class _Replay:
             part, state = vae.decode(latent, state)
             frames.append(part)
         yield Comparison("vae/frames", torch.cat(frames, 2), tensors["vae/frames"])
+
+
+def weights_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's weights by their published names, those included that a case does not store."""
+    stored = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+    return stored | {name: _drawn(metadata, name) for name in json.loads(metadata.get("omitted_weights", "{}"))}
 
 
 def _drawn(metadata: Mapping[str, str], name: str) -> Tensor:

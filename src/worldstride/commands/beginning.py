@@ -7,23 +7,30 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from worldstride.engine import Engine
 from worldstride.errors import InputError
+from worldstride.models.hy_worldplay.prompts import load_prompt
 from worldstride.picture import fit_picture
 from worldstride.protocol import BeginsWithImage, EncodesPrompt
+from worldstride.savefile import PROMPT
 from worldstride.session import Session
 
 
 def read_prompt(path: Path) -> dict[str, Tensor]:
-    """Encoder states of a prompt by name, from a safetensors file; `InputError` where it cannot be read."""
+    """Encoder states of a prompt by name: of a file by `worldstride prompt`, or of any other safetensors file.
+
+    The former is refused where it is damaged (`SaveFileError`); `InputError` where a file cannot be read.
+    """
     if not path.is_file():
         raise InputError(f"no prompt {path}; give a safetensors file of encoder states")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            own = (file.metadata() or {}).get("format") == PROMPT.format
+        return load_prompt(path) if own else load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"cannot read the prompt {path}: {error}; it must be a safetensors file") from error
 

@@ -7,49 +7,49 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 from tyro.conf import arg
 
 from worldstride.atomic import temporary_beside
-from worldstride.commands.options import ModelName, OptionalText
+from worldstride.commands.options import ModelName, OptionalPath, OptionalText
 from worldstride.commands.table import table
 from worldstride.engine import pick_device
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.encoders import load_encoders
 from worldstride.models.hy_worldplay.prompts import load_prompt, save_prompt
+from worldstride.models.hy_worldplay.wan_encoder import load_wan_encoder
 from worldstride.models.registry import find
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Encode a text and a first image once and save the states, so that playing needs no encoder."""
+    """Encode a text, and a first image where the model asks for one, and save the states: playing needs no encoder."""
 
     model: ModelName
-    """Name of the model: hy_worldplay."""
+    """Name of the model: hy_worldplay or hy_worldplay_wan."""
     path: Annotated[Path, arg(metavar="PATH")]
     """Folder with the encoders."""
     text: str
     """What the world is like; what stands in double quotation marks is to be read in it."""
-    image: Annotated[Path, arg(metavar="PATH")]
-    """First image; cut around the middle and resized to the model's frames."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="PATH")]
     """File to write (.safetensors)."""
+    image: OptionalPath = None
+    """First image, for hy_worldplay; cut around the middle and resized to the model's frames."""
     negative: str = ""
-    """What the world is not like, for guided models; others ignore it."""
+    """What the world is not like, for guided models; others of hy_worldplay ignore it."""
     device: OptionalText = None
     """"cpu", "cuda" or "cuda:1"; without it a GPU where there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number format of the language model: 15 GB of memory in the first two, 30 GB in the last."""
+    """Number format of the language model: 15 GB of memory in the first two, 30 GB in the last; of Wan's 11 and 23."""
 
     def run(self, command: str) -> int:
         """Encode, write, read back, and print what is in the file."""
         name = find(self.model).name
-        if name != "hy_worldplay":
-            raise InputError(f"{name!r} takes no prompt; hy_worldplay does")
+        if name not in ("hy_worldplay", "hy_worldplay_wan"):
+            raise InputError(f"{name!r} takes no prompt; hy_worldplay and hy_worldplay_wan do")
         temporary_beside(self.output)  # refuses a missing folder before any work is done
-        if self.output.resolve() == self.image.resolve():
-            raise InputError(f"the prompt would overwrite the image {self.image}; give it another name")
-        encoders = load_encoders(self.path, pick_device(self.device), getattr(torch, self.dtype))
-        save_prompt(self.output, encoders.encode(self.text, self.image, self.negative), self.text, self.negative)
+        states = self._of_text() if name == "hy_worldplay_wan" else self._of_text_and_image()
+        save_prompt(self.output, states, self.text, self.negative, name)
         rows = [
             (
                 name,
@@ -62,3 +62,19 @@ class Prompt:
         print(table(("states", "shape", "format", "bytes"), rows))
         print(f"\n{self.output}: {self.output.stat().st_size} bytes")
         return 0
+
+    def _of_text(self) -> dict[str, Tensor]:
+        if self.image is not None:
+            raise InputError(f"a prompt of hy_worldplay_wan is its text alone; leave out --image {self.image}")
+        if self.negative:
+            raise InputError(f"hy_worldplay_wan is not guided; leave out --negative {self.negative!r}")
+        encoder = load_wan_encoder(self.path, pick_device(self.device), getattr(torch, self.dtype))
+        return encoder.encode(self.text)
+
+    def _of_text_and_image(self) -> dict[str, Tensor]:
+        if self.image is None:
+            raise InputError("a prompt of hy_worldplay holds states of its first image; give --image")
+        if self.output.resolve() == self.image.resolve():
+            raise InputError(f"the prompt would overwrite the image {self.image}; give it another name")
+        encoders = load_encoders(self.path, pick_device(self.device), getattr(torch, self.dtype))
+        return encoders.encode(self.text, self.image, self.negative)

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import InputError, integer_from
+from worldstride.errors import integer_from
 from worldstride.models.hy_worldplay import cost, given, two_streams
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
@@ -59,6 +59,13 @@ class HYContext:
     reused: tuple[Partial, ...] = ()
     """Attention to text and context that an earlier evaluation captured, a block each; taken in place of both."""
 
+    @classmethod
+    def own(cls, context: Context) -> HYContext:
+        """The context that a caller hands back; `TypeError` where it is another model's."""
+        if not isinstance(context, cls):
+            raise TypeError(f"context must be an {cls.__name__}, got {type(context).__name__}")
+        return context
+
     @property
     def latents(self) -> int:
         """Remembered latents in it."""
@@ -84,7 +91,19 @@ class HYInputs:
     """Whether this is the branch of the negative prompt."""
 
 
-class HYWorldPlay(Placed):
+class ReusesOuter:
+    """`ReusesAttention` of models whose context is an `HYContext`, and which capture attention to it as "outer"."""
+
+    def apart(self, context: Context) -> HYContext:
+        """The same context; evaluations then keep attention to it, and to what goes with it, apart and capture it."""
+        return replace(HYContext.own(context), apart=True, reused=())
+
+    def reuse(self, context: Context, captured: Mapping[str, Any]) -> HYContext:
+        """A context whose attention is what an evaluation captured; without any, itself."""
+        return replace(HYContext.own(context), apart=False, reused=tuple(captured.get("outer", ())))
+
+
+class HYWorldPlay(ReusesOuter, Placed):
     """`WorldModel` of the autoregressive models: distilled to a few steps, or guided.
 
     Its text has no place, so worlds had best begin near the origin, looking ahead, as those it was trained on do.
@@ -149,7 +168,7 @@ class HYWorldPlay(Placed):
         """Places, labels and the first image of the coming latents."""
         c = conditions
         matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
-        prompt = _prompt(c.encoded)
+        prompt = self.prompt_of(c.encoded, HYPrompt)
         numbers = self.numbered(c.led, c.cameras.shape[1])
         condition = self._condition(c.cameras.shape[0], numbers, prompt)
         of = (condition, self.sent(numbers), matrices)
@@ -169,7 +188,7 @@ class HYWorldPlay(Placed):
         Of a guided model twice the depth: those of the negative branch come behind.
         """
         frames, branches = self._frames(recalled)
-        seen = _own(past) if past is not None else HYContext((), None)
+        seen = HYContext.own(past) if past is not None else HYContext((), None)
         known = (seen.keys_values, seen.negative)
         pairs = (
             pair for text, kept in zip(branches, known, strict=False)
@@ -188,21 +207,13 @@ class HYWorldPlay(Placed):
         self, x: Tensor, sigma: float | Tensor, inputs: HYInputs, context: Context, attend: Attend
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The network's own prediction; `sigma` is a number or [B]."""
-        held = _own(context)
+        held = HYContext.own(context)
         at, levels = self.places_after(held.latents, inputs.matrices), self.levels(sigma, *x.shape[:2])
         frames = Frames(x, inputs.condition, levels, inputs.labels.expand(x.shape[:2]), at)
         outer = list[Partial]() if held.apart else None
         past = held.negative if inputs.negative else held.keys_values
         made = self.network.velocity(frames, inputs.text, past, held.where, attend, outer, held.reused)
         return made.float(), {} if outer is None else {"outer": outer}
-
-    def apart(self, context: Context) -> HYContext:
-        """The same context; evaluations then keep attention to text and context apart, and capture it as "outer"."""
-        return replace(_own(context), apart=True, reused=())
-
-    def reuse(self, context: Context, captured: Mapping[str, Any]) -> HYContext:
-        """A context whose attention, and the text's, is what an evaluation captured; without any, itself."""
-        return replace(_own(context), apart=False, reused=tuple(captured.get("outer", ())))
 
     def context_flops(self, encoded: int, seen: float) -> float:
         """See `Costed.context_flops`; attention to text is left out."""
@@ -216,13 +227,9 @@ class HYWorldPlay(Placed):
         """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
         return x
 
-    def commit(self, clean: Tensor, inputs: HYInputs) -> Tensor:
-        """What was denoised is what is remembered."""
-        return clean
-
     def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[tuple[KeysValues, ...], ...]]:
         """Remembered latents as the network takes them, and the texts that they see, one a guidance branch."""
-        x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
+        x, prompt = recalled.latents.to(self.device), self.prompt_of(recalled.prompt, HYPrompt)
         at, count = self.places_of(recalled), x.shape[1]
         numbers = self.numbered(recalled.led or [0] * count, count)
         condition, levels = self._condition(len(x), numbers, prompt), self.levels(STABLE / 1000, len(x), count)
@@ -231,17 +238,3 @@ class HYWorldPlay(Placed):
     def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
         """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
         return given.planes(prompt.image, numbers, batch, self.latent_shape, self.network.enter.weight)
-
-
-def _prompt(encoded: object) -> HYPrompt:
-    if not isinstance(encoded, HYPrompt):
-        raise InputError(
-            "HY-WorldPlay needs an encoded prompt; begin worlds with Engine.open(frames, cameras, prompt=...)"
-        )
-    return encoded
-
-
-def _own(context: Context) -> HYContext:
-    if not isinstance(context, HYContext):
-        raise TypeError(f"context must be an HYContext, got {type(context).__name__}")
-    return context

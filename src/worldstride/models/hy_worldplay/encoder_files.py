@@ -1,8 +1,9 @@
 """Where HY-WorldPlay's text and image encoders lie, and reading them through `transformers`.
 
-Two layouts are read, each encoder in either: the one that tencent/HunyuanVideo-1.5 documents for its downloads, and
-that of its conversion for diffusers. The names of Glyph's tensors and tokens are those that public converters of its
-file use; the published files themselves have not been at hand, so what does not fit exactly is refused.
+Of the 8B models' encoders two layouts are read, each in either: the one that tencent/HunyuanVideo-1.5 documents for its
+downloads, and that of its conversion for diffusers. The names of Glyph's tensors and tokens are those that public
+converters of its file use; the published files themselves have not been at hand, so what does not fit exactly is
+refused. The WAN-5B variant's lies as Wan-AI publishes it for diffusers.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from worldstride.errors import CheckpointError, MissingDependencyError
 from worldstride.models.shards import find, read_json
 
-Encoder = Literal["language model", "glyph encoder", "image encoder"]
+Encoder = Literal["language model", "glyph encoder", "image encoder", "text encoder of Wan"]
 
 _INDEX = ("model.safetensors.index.json", "model.safetensors")
 _CONVERTED = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
 _QWEN, _BYT5, _REDUX = "Qwen/Qwen2.5-VL-7B-Instruct", "google/byt5-small", "black-forest-labs/FLUX.1-Redux-dev (gated)"
+WAN = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+"""Repository of what the WAN-5B variant shares with Wan2.2."""
 _GLYPH = "AI-ModelScope/Glyph-SDXL-v2 (on ModelScope)"
 _COLOURS, _FONTS = "assets/color_idx.json", "assets/multilingual_10-lang_idx.json"
 _GLYPH_WEIGHTS, _TOWER = "checkpoints/byt5_model.pt", "module.text_tower.encoder."
@@ -68,6 +71,12 @@ _LAYOUTS: dict[Encoder, tuple[tuple[Place, ...], ...]] = {
         (
             Place("image_encoder", ("config.json",), _CONVERTED, weights=True),
             Place("feature_extractor", ("preprocessor_config.json",), _CONVERTED),
+        ),
+    ),
+    "text encoder of Wan": (
+        (
+            Place("text_encoder", ("config.json",), WAN, weights=True),
+            Place("tokenizer", ("tokenizer_config.json",), WAN),
         ),
     ),
 }
@@ -165,6 +174,13 @@ def image_encoder(path: Path) -> tuple[nn.Module, Any]:
     # Pillow's resizing, which models were trained with, whether or not torchvision is there with a resizing of its own
     processor = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
     return _read(transformers.SiglipVisionModel, first, torch.float32), _read_entry(processor, second)
+
+
+def wan_text_encoder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """umT5's encoder and its tokenizer."""
+    transformers, _ = libraries()
+    first, second = find_encoder(path, "text encoder of Wan")
+    return _read(transformers.UMT5EncoderModel, first, dtype), _read_entry(transformers.AutoTokenizer, second)
 
 
 def _glyph_tensors(file: Path) -> Mapping[str, Tensor]:

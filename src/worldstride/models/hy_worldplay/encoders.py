@@ -51,7 +51,7 @@ class PromptEncoders:
         model, processor = encoder_files.image_encoder(self.path)
         pipeline = _pipeline(image_encoder=model.to(self.device), feature_extractor=processor)
         made = pipeline.encode_image(picture, 1, self.device, torch.float32).cpu()
-        self._let_go(model)
+        let_go(model, self.device)
         return made
 
     def _glyphs(self, texts: list[str]) -> list[Tensor]:
@@ -64,7 +64,7 @@ class PromptEncoders:
                 text, self.device, torch.float32, prompt_embeds=none, prompt_embeds_mask=none[0]
             )
             made.append(states[:, mask[0].bool()].cpu())
-        self._let_go(model)
+        let_go(model, self.device)
         return made
 
     def _text(self, texts: list[str]) -> list[Tensor]:
@@ -87,14 +87,8 @@ class PromptEncoders:
                 text, self.device, self.dtype, prompt_embeds_2=none, prompt_embeds_mask_2=none[0]
             )
             made.append(states[:, mask[0].bool()].cpu())
-        self._let_go(model)
+        let_go(model, self.device)
         return made
-
-    def _let_go(self, model: nn.Module) -> None:
-        """Give an encoder's memory back, whoever may still refer to it."""
-        model.to("meta")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def load_encoders(
@@ -106,14 +100,26 @@ def load_encoders(
     `CheckpointError` that names what is missing and where it comes from, `MissingDependencyError` without transformers
     and diffusers.
     """
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
+    place = device_of(device)
     encoder_files.libraries()
     for encoder in ("language model", "glyph encoder", "image encoder"):
         encoder_files.find_encoder(Path(path), encoder)
     return PromptEncoders(Path(path), place, dtype)
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """The device of a name; `InputError` where there is none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
+
+
+def let_go(model: nn.Module, device: torch.device) -> None:
+    """Give an encoder's memory on a device back, whoever may still refer to it."""
+    model.to("meta")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _pipeline(**parts: Any) -> Any:

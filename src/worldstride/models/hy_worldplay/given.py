@@ -1,4 +1,4 @@
-"""What a world of the 8B models is given: encoder states of its prompt, and its first image."""
+"""What a world is given: encoder states of its prompt, and its first image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from worldstride.models.hy_worldplay.placed import FIRST
 from worldstride.models.hy_worldplay.text import NEGATIVE, STATES, Prompt
 
 
-def check_names(prompt: Mapping[str, Tensor]) -> None:
-    """Raise `InputError` on names that no encoder states have."""
-    known = [*STATES, "image"]
+def check_names(prompt: Mapping[str, Tensor], states: Sequence[str] = STATES) -> None:
+    """Raise `InputError` on names that none of the encoder states has."""
+    known = [*states, "image"]
     for name in prompt:
         if name not in known:
             raise InputError(f"unknown prompt states {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from worldstride.attention import Attend
 from worldstride.attention.streams import Places
 from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import InputError, integer_from
+from worldstride.errors import integer_from
 from worldstride.models.hy_worldplay import cost, given
 from worldstride.models.hy_worldplay.adapter import SHIFT, SINK, WINDOW
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
@@ -142,10 +142,10 @@ class HYJoint(Placed):
         Several may name the same clip, or one that the window shows already: then fewer than `count` latents come
         back. A clip's share is the largest that any four saw. `InputError` on parts of clips.
         """
-        clip, allowed, end = self.retrieval.clip, self.clips_of(candidates, count), candidates[-1] + 1
-        named, nearest = set[int](), dict[int, float]()
+        clip, allowed = self.retrieval.clip, self.clips_of(candidates, count)
         if not allowed:
             return [], []
+        named, nearest, end = set[int](), dict[int, float](), candidates[-1] + 1
         for i, asking in enumerate(coming.split(self.retrieval.query)):
             # the window that a query leaves out ends just before it: later ones may name what the chunk's window holds
             behind = min(end + i * self.retrieval.query, len(cameras))
@@ -161,7 +161,7 @@ class HYJoint(Placed):
         """Places, labels and the first image of the coming latents."""
         c = conditions
         matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
-        prompt, numbers = _prompt(c.encoded), self.numbered(c.led, c.cameras.shape[1])
+        prompt, numbers = self.prompt_of(c.encoded, JointPrompt), self.numbered(c.led, c.cameras.shape[1])
         condition = given.planes(prompt.image, numbers, len(c.cameras), self.latent_shape, self.network.enter.weight)
         of = (condition, self.sent(numbers), matrices)
         return tuple(JointInputs(*of, branch) for branch in prompt.branches)
@@ -170,7 +170,7 @@ class HYJoint(Placed):
         """The remembered latents with their places, at the level they are said to have; nothing is computed."""
         if not recalled.latents.shape[1]:
             return JointContext(None)
-        x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
+        x, prompt = recalled.latents.to(self.device), self.prompt_of(recalled.prompt, JointPrompt)
         at, (batch, count) = self.places_of(recalled), x.shape[:2]
         numbers = self.numbered(recalled.led or [0] * count, count)
         condition = given.planes(prompt.image, numbers, batch, self.latent_shape, self.network.enter.weight)
@@ -203,10 +203,6 @@ class HYJoint(Placed):
         """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
         return x
 
-    def commit(self, clean: Tensor, inputs: JointInputs) -> Tensor:
-        """What was denoised is what is remembered."""
-        return clean
-
 
 def _behind(context: Frames, new: Frames) -> Frames:
     """New latents behind remembered ones."""
@@ -220,11 +216,3 @@ def _behind(context: Frames, new: Frames) -> Frames:
     cos, sin = (torch.cat(pair) for pair in zip(context.at[:2], new.at[:2], strict=True))
     matrices = (torch.cat(pair, 1) for pair in zip(context.at[2:], new.at[2:], strict=True))
     return Frames(x, condition, levels, labels, Places(cos, sin, *matrices))
-
-
-def _prompt(encoded: object) -> JointPrompt:
-    if not isinstance(encoded, JointPrompt):
-        raise InputError(
-            "HY-WorldPlay needs an encoded prompt; begin worlds with Engine.open(frames, cameras, prompt=...)"
-        )
-    return encoded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ STABLE = 14.0
 RANKS = 64
 """Latents of the longest context with a chunk: so many ranks have rotary angles at hand. Text has no rank, so those of
 latents count from the context's first one."""
+
+
+Kind = TypeVar("Kind")
 
 
 class Turning(Protocol):
@@ -127,6 +130,18 @@ class Placed:
     def sent(self, numbers: Sequence[int]) -> Tensor:
         """Labels [T] on the device; of a world's first latent 0."""
         return torch.tensor([max(n, 0) for n in numbers]).to(self.device, non_blocking=True)
+
+    def prompt_of(self, encoded: object, kind: type[Kind]) -> Kind:
+        """A world's encoded prompt; `InputError` where it began without one."""
+        if not isinstance(encoded, kind):
+            raise InputError(
+                f"{self.name!r} needs an encoded prompt; begin worlds with Engine.open(frames, cameras, prompt=...)"
+            )
+        return encoded
+
+    def commit(self, clean: Tensor, inputs: Any) -> Tensor:
+        """What was denoised is what is remembered."""
+        return clean
 
     def levels(self, sigma: float | Tensor, batch: int, count: int) -> Tensor:
         """Noise levels in thousandths [B, T]; `sigma` is a number or [B]."""

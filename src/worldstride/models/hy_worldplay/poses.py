@@ -1,21 +1,19 @@
-"""Camera paths as HY-WorldPlay writes them: pose strings such as `w-12,right-12`, and pose files in JSON.
+"""Camera paths of HY-WorldPlay's pose strings such as `w-12,right-12`, and its intrinsics.
 
-Both give one camera a latent, the first of a string being the identity (specification, section 8).
+A string gives one camera a latent, the first being the identity (specification, section 8). Pose files in JSON are read
+by `load_trajectory`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from worldstride.camera import check_cameras
 from worldstride.errors import InputError, did_you_mean
 
 STEP = 0.08
@@ -23,9 +21,9 @@ STEP = 0.08
 TURN = 3.0
 """Degrees that a latent turns."""
 WIDTH, HEIGHT = 1920, 1080
-"""Pixels of the image that the intrinsics of pose files belong to."""
+"""Pixels of the image that published intrinsics belong to."""
 FOCAL = 969.6969696969696
-"""Focal length in those pixels, of pose strings (89.4 by 58.2 degrees)."""
+"""Focal length in those pixels (89.4 by 58.2 degrees)."""
 MAX_LATENTS = 100_000
 """Longest path of a pose string; a larger count is taken for a slip of the finger."""
 
@@ -105,75 +103,3 @@ def _powers(step: Tensor, count: int) -> Tensor:
     while len(powers) < count:
         powers = torch.cat([powers, powers[-1] @ powers])
     return powers[:count]
-
-
-def poses_from_json(data: object) -> Poses:
-    """The path in a pose file's object: for every latent, under "0", "1", ..., its "extrinsic" and its "K".
-
-    "extrinsic" is the camera-to-world matrix, rows first; "K" the intrinsics in pixels, the same for all latents.
-    """
-    if not isinstance(data, Mapping) or not data:
-        raise InputError(
-            f'poses must be an object with an entry for every latent, under "0", "1", ...; got {data!r:.60}'
-        )
-    cameras: list[Tensor] = []
-    pinholes: list[Tensor] = []
-    for latent in range(len(data)):
-        entry = data.get(str(latent))
-        if not isinstance(entry, Mapping) or not {"extrinsic", "K"} <= set(entry):
-            raise InputError(f'latent {latent} of {len(data)}: expected an entry "{latent}" with "extrinsic" and "K"')
-        cameras.append(_matrix(entry["extrinsic"], 4, f'latent {latent}: "extrinsic"'))
-        k = _matrix(entry["K"], 3, f'latent {latent}: "K"')
-        (fx, skew, cx), (below, fy, cy), last = k.tolist()
-        if skew or below or last != [0, 0, 1]:
-            raise InputError(f'latent {latent}: "K" must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], got {k.tolist()}')
-        try:
-            pinholes.append(intrinsics(fx, fy, cx, cy))
-        except InputError as error:
-            raise InputError(f'latent {latent}: "K": {error}') from None
-        if not torch.allclose(pinholes[-1], pinholes[0], rtol=1e-6, atol=0):
-            raise InputError(
-                f'latent {latent}: "K" must be that of latent 0, whose normalised focal lengths are '
-                f"{pinholes[0].diagonal()[:2].tolist()}; got {pinholes[-1].diagonal()[:2].tolist()}"
-            )
-    return Poses(check_cameras(torch.stack(cameras), "extrinsic"), pinholes[0])
-
-
-def poses_to_json(poses: Poses) -> dict[str, dict[str, list[list[float]]]]:
-    """What `poses_from_json` reads back: extrinsics camera-to-world, intrinsics for an image of 1920 x 1080 pixels."""
-    k = poses.intrinsics.double()
-    if k.shape != (3, 3):
-        raise InputError(f"intrinsics must have shape [3, 3], got {list(k.shape)}")
-    if not torch.allclose(k, intrinsics(float(k[0, 0]), float(k[1, 1]), 0.5, 0.5).to(k.device)):
-        raise InputError(f"intrinsics must be normalised with the principal point at 0.5, got {k.tolist()}")
-    pixels = (k * torch.tensor([[WIDTH], [HEIGHT], [1]]).to(k)).tolist()
-    cameras = check_cameras(poses.cameras)
-    if not len(cameras):
-        raise InputError("a pose file holds at least one camera, got none")
-    return {str(latent): {"extrinsic": camera, "K": pixels} for latent, camera in enumerate(cameras.tolist())}
-
-
-def read_poses(path: str | Path) -> Poses:
-    """The path in a pose file; see `poses_from_json`."""
-    try:
-        return poses_from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: ours, or of JSON and text decoding
-        raise InputError(f"cannot read the pose file {path}: {error}") from error
-
-
-def write_poses(path: str | Path, poses: Poses) -> None:
-    """Write a pose file that `read_poses` and HY-WorldPlay read."""
-    Path(path).write_text(json.dumps(poses_to_json(poses), indent=1) + "\n", encoding="utf-8")
-
-
-def _matrix(value: Any, size: int, name: str) -> Tensor:
-    """Nested lists of numbers as float64 [size, size]."""
-    try:
-        matrix = torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        matrix = torch.empty(0)
-    if matrix.shape != (size, size):
-        raise InputError(f"{name} must be {size} rows of {size} numbers, got {value!r:.80}")
-    if not bool(matrix.isfinite().all()):
-        raise InputError(f"{name} holds NaN or infinity; every number must be finite")
-    return matrix

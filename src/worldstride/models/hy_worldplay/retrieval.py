@@ -130,10 +130,8 @@ def distances(
     _check_cameras(cameras, "cameras")
     _check_cameras(coming, "coming")
     samples = cameras[[*starts, *(start + settings.clip // 2 for start in starts)]]
-    hits, seen = _count(coming, samples, _check_points(points), settings, torch.float64)
-    *counts, total = torch.cat([hits.view(len(coming), 2, -1).sum((0, 1)), seen.view(1)]).tolist()
-    most = 2 * len(coming) * max(total, 1)
-    return {start: 1 - count / most for start, count in zip(starts, counts, strict=True)}
+    (away,) = _away(coming[None], samples, _check_points(points), settings)
+    return dict(zip(starts, away, strict=True))
 
 
 def select(cameras: Tensor, current: int, points: Tensor, settings: Retrieval = EIGHT_B) -> Found:
@@ -180,46 +178,54 @@ def _select(cameras: Tensor, currents: Sequence[int], points: Tensor, settings: 
             f"so at least {needed} in all; got {len(cameras)}"
         )
     asking = [current for current in currents if current >= settings.since]
-    distances = _distances(cameras, asking, points, settings) if asking else {}
+    scores = _scores(cameras, asking, points, settings) if asking else {}
     return [
-        _choose(current, distances[current], settings) if current in distances else Found(tuple(range(current)), (), {})
+        _choose(current, scores[current], settings) if current in scores else Found(tuple(range(current)), (), {})
         for current in currents
     ]
 
 
-def _choose(current: int, distances: dict[int, float], settings: Retrieval) -> Found:
+def _choose(current: int, scores: dict[int, float], settings: Retrieval) -> Found:
     memory = set(range(settings.clip if settings.keep_first else 0))
     clips: list[int] = []
-    for start in sorted(distances, key=lambda clip: distances[clip]):  # stable: equal ones stay oldest first
+    for start in sorted(scores, key=scores.__getitem__):  # stable: equal ones stay oldest first
         if len(memory) >= settings.memory - settings.window:
             break
         memory.update(range(start, start + settings.clip))
         clips.append(start)
     context = memory.union(range(current - settings.window, current))
-    return Found(tuple(sorted(context)), tuple(clips), distances)
+    return Found(tuple(sorted(context)), tuple(clips), scores)
 
 
-def _distances(
+def _scores(
     cameras: Tensor, currents: Sequence[int], points: Tensor, settings: Retrieval
 ) -> dict[int, dict[int, float]]:
-    """For each of the current latents, `query` apart, the distance D of its candidate clips, oldest first.
-
-    D is one minus the mean of S over the coming cameras and the clip's two samples. It is formed from whole numbers
-    of points, so that equal clips get equal values.
-    """
+    """For each of the current latents, `query` apart, the distance D of its candidate clips, oldest first."""
     first = settings.clip if settings.keep_first else 0
     starts = range(first, currents[-1] - settings.window, settings.stride)
-    asking = cameras[currents[0] : currents[-1] + settings.query]
+    asking = cameras[currents[0] : currents[-1] + settings.query].unflatten(0, (len(currents), settings.query))
     samples = [cameras[at : at + starts.stop - first : settings.stride] for at in (first, first + settings.clip // 2)]
-    hits, seen = _count(asking, torch.cat(samples), points, settings, torch.float64)
-    hits = hits.view(len(currents), settings.query, 2, len(starts)).sum((1, 2))
-    *counts, total = torch.cat([hits.flatten(), seen.view(1)]).tolist()  # the one wait for the device
-    most = 2 * settings.query * max(total, 1)
-    found: dict[int, dict[int, float]] = {}
-    for row, latent in enumerate(currents):
-        mine = range(first, latent - settings.window, settings.stride)
-        found[latent] = {start: 1 - counts[row * len(starts) + i] / most for i, start in enumerate(mine)}
-    return found
+    away = _away(asking, torch.cat(samples), points, settings)
+    mine = (range(first, current - settings.window, settings.stride) for current in currents)
+    return {
+        current: dict(zip(some, row, strict=False))  # what an earlier one knew nothing of stands behind
+        for current, some, row in zip(currents, mine, away, strict=True)
+    }
+
+
+def _away(asking: Tensor, samples: Tensor, points: Tensor, settings: Retrieval) -> list[list[float]]:
+    """Distance D of N clips to each of G groups of cameras [G, Q, 4, 4]; the host waits for the device once.
+
+    `samples` [2 N, 4, 4] are the clips' first latents' cameras, then their middle ones'. D is one minus the mean of S
+    over a group's cameras and a clip's two samples. It is formed from whole numbers of points, so that equal clips get
+    equal values.
+    """
+    groups, queries = asking.shape[:2]
+    hits, seen = _count(asking.flatten(0, 1), samples, points, settings, torch.float64)
+    hits = hits.view(groups, queries, 2, -1).sum((1, 2))  # [G, N]
+    *counts, total = torch.cat([hits.flatten(), seen.view(1)]).tolist()
+    most, clips = 2 * queries * max(total, 1), len(samples) // 2
+    return [[1 - n / most for n in counts[i * clips : (i + 1) * clips]] for i in range(groups)]
 
 
 def _in_own_view(points: Tensor, settings: Retrieval) -> Tensor:

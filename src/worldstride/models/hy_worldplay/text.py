@@ -22,6 +22,8 @@ NEGATIVE = "negative_"
 """What names of states of the negative prompt begin with, where the model is guided."""
 STATES = (*KINDS, "vision", *(f"{NEGATIVE}{kind}" for kind in KINDS))
 """Names of all encoder states of a prompt."""
+WORDS = ("text", "text_mask")
+"""Names of those that the WAN-5B variant takes: a text's alone."""
 
 
 @dataclass(frozen=True, eq=False)

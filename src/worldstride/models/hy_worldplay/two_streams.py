@@ -24,7 +24,8 @@ def of_context(
     """
     if past:
         return _attended(q, own, at, text, past, where, attend)
-    return _attended(q, _none(own), at, text, (own,), at, attend)
+    keys = streams.every_key(text or _none(own, 1), (own,), at, _none(own), at)
+    return streams.back(_attend(attend, streams.of_queries(q, at), keys, own[0].shape[2], among=True), at)
 
 
 def of_chunk(
@@ -59,17 +60,23 @@ def _attended(
 
 
 @overload
-def _attend(attend: Attend, q: Tensor, seen: KeysValues, free: int, lse: Literal[False] = False) -> Tensor: ...
+def _attend(
+    attend: Attend, q: Tensor, seen: KeysValues, free: int, lse: Literal[False] = False, among: bool = False
+) -> Tensor: ...
 
 
 @overload
-def _attend(attend: Attend, q: Tensor, seen: KeysValues, free: int, lse: Literal[True]) -> Partial: ...
+def _attend(
+    attend: Attend, q: Tensor, seen: KeysValues, free: int, lse: Literal[True], among: bool = False
+) -> Partial: ...
 
 
-def _attend(attend: Attend, q: Tensor, seen: KeysValues, free: int, lse: bool = False) -> Tensor | Partial:
-    """The first `free` keys are the context's."""
+def _attend(
+    attend: Attend, q: Tensor, seen: KeysValues, free: int, lse: bool = False, among: bool = False
+) -> Tensor | Partial:
+    """The first `free` keys are the context's; with `among` the queries' own."""
     if isinstance(attend, LayerAttend):
-        return attend.joined(q, *seen, free, lse)  # type: ignore[call-overload]
+        return attend.joined(q, *seen, free, lse, among)  # type: ignore[call-overload]
     return attend(q, *seen, lse=True) if lse else attend(q, *seen)
 
 
@@ -85,7 +92,7 @@ def whole(pairs: Iterable[KeysValues]) -> tuple[Pieces, ...]:
 
 def packed(pairs: Iterable[KeysValues], blocks: int, latents: int) -> Tensor:
     """What is kept of so many latents, [B, latents, blocks, 2, heads, n, head_dim], from keys and values, a pair a
-    block; each is let go of before the next is made."""
+    block; of these only one or two are held beside it."""
     made: Tensor | None = None
     for i, pair in enumerate(pairs):
         if made is None:

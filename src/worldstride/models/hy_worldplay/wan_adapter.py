@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues
 from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import InputError, did_you_mean, integer_from
-from worldstride.models.hy_worldplay import cost, retrieval, two_streams
-from worldstride.models.hy_worldplay.adapter import HYContext
+from worldstride.errors import InputError, integer_from
+from worldstride.models.hy_worldplay import cost, given, retrieval, two_streams
+from worldstride.models.hy_worldplay.adapter import HYContext, ReusesOuter
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
 from worldstride.models.hy_worldplay.places import projections
+from worldstride.models.hy_worldplay.text import WORDS
 from worldstride.models.hy_worldplay.wan import PATCH, WanFrames, WanNetwork
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
@@ -53,7 +54,7 @@ class WanInputs:
     """The chunk's first latent [1, C, h, w], where the world begins with an image; None where all are new."""
 
 
-class WanWorldPlay(Placed):
+class WanWorldPlay(ReusesOuter, Placed):
     """`WorldModel` of the distilled WAN-5B variant.
 
     A world's first latent is the image's: the first chunk's is clamped to it, and said to be as clean as the context.
@@ -105,11 +106,7 @@ class WanWorldPlay(Placed):
         attended to, as the model was trained and diffusers' pipelines of Wan do. Raises `InputError` on what is missing
         or does not fit.
         """
-        known = ["text", "text_mask", "image"]
-        for name in prompt:
-            if name not in known:
-                hint = did_you_mean(name, known)
-                raise InputError(f"unknown prompt states {name!r}{hint}; known: {', '.join(known)}")
+        given.check_names(prompt, WORDS)
         if "text" not in prompt:
             raise InputError(f"HY-WorldPlay WAN needs encoder states named 'text', got {sorted(prompt) or 'none'}")
         text, mask = prompt["text"], prompt.get("text_mask")
@@ -131,11 +128,11 @@ class WanWorldPlay(Placed):
 
     def prepare(self, conditions: Conditions) -> tuple[WanInputs, ...]:
         """Places and labels of the coming latents, and the image's latent where it is the first of them."""
-        c, prompt = conditions, _prompt(conditions.encoded)
+        c, prompt = conditions, self.prompt_of(conditions.encoded, WanPrompt)
         matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
         numbers = self.numbered(c.led, c.cameras.shape[1])
-        given = prompt.image if numbers[0] == FIRST else None
-        return (WanInputs(self.sent(numbers), matrices, prompt.text, given),)
+        image = prompt.image if numbers[0] == FIRST else None
+        return (WanInputs(self.sent(numbers), matrices, prompt.text, image),)
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
         """One pass over all remembered latents; nothing of `previous` is kept."""
@@ -147,7 +144,7 @@ class WanWorldPlay(Placed):
     def encode_latents(self, recalled: Recalled, past: Context | None, attend: Attend) -> Tensor:
         """Keys and values [B, N, depth, 2, heads, n, head_dim] of latents that see each other and `past`."""
         frames, text = self._frames(recalled)
-        seen = HYContext((), None) if past is None else _own(past)
+        seen = HYContext((), None) if past is None else HYContext.own(past)
         pairs = self.network.context(frames, text, attend, seen.keys_values, seen.where)
         return two_streams.packed(pairs, self.config.depth, recalled.latents.shape[1])
 
@@ -159,7 +156,7 @@ class WanWorldPlay(Placed):
         self, x: Tensor, sigma: float | Tensor, inputs: WanInputs, context: Context, attend: Attend
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The network's own prediction; `sigma` is a number or [B]. A given latent goes nowhere."""
-        held = _own(context)
+        held = HYContext.own(context)
         at, levels = self.places_after(held.latents, inputs.matrices), self.levels(sigma, *x.shape[:2])
         if inputs.given is not None:
             levels = torch.cat([torch.full_like(levels[:, :1], STABLE), levels[:, 1:]], 1)
@@ -171,14 +168,6 @@ class WanWorldPlay(Placed):
         if inputs.given is not None:
             made = torch.cat([torch.zeros_like(made[:, :1]), made[:, 1:]], 1)
         return made, {} if outer is None else {"outer": outer}
-
-    def apart(self, context: Context) -> HYContext:
-        """The same context; evaluations then keep attention to it apart, and capture it as "outer"."""
-        return replace(_own(context), apart=True, reused=())
-
-    def reuse(self, context: Context, captured: Mapping[str, Any]) -> HYContext:
-        """A context whose attention is what an evaluation captured; without any, itself."""
-        return replace(_own(context), apart=False, reused=tuple(captured.get("outer", ())))
 
     def context_flops(self, encoded: int, seen: float) -> float:
         """See `Costed.context_flops`."""
@@ -194,27 +183,9 @@ class WanWorldPlay(Placed):
             return x
         return torch.cat([inputs.given.to(x)[:, None].expand(len(x), -1, -1, -1, -1), x[:, 1:]], 1)
 
-    def commit(self, clean: Tensor, inputs: WanInputs) -> Tensor:
-        """What was denoised is what is remembered, and the image's latent."""
-        return clean
-
     def _frames(self, recalled: Recalled) -> tuple[WanFrames, tuple[KeysValues, ...]]:
         """Remembered latents as the network takes them, and the text that they see."""
-        x, prompt = recalled.latents.to(self.device), _prompt(recalled.prompt)
+        x, prompt = recalled.latents.to(self.device), self.prompt_of(recalled.prompt, WanPrompt)
         at, count = self.places_of(recalled), x.shape[1]
         labels = self.sent(self.numbered(recalled.led or [0] * count, count)).expand(x.shape[:2])
         return WanFrames(x, self.levels(STABLE / 1000, len(x), count), labels, at), prompt.text
-
-
-def _prompt(encoded: object) -> WanPrompt:
-    if not isinstance(encoded, WanPrompt):
-        raise InputError(
-            "HY-WorldPlay WAN needs an encoded prompt; begin worlds with Engine.open(frames, cameras, prompt=...)"
-        )
-    return encoded
-
-
-def _own(context: Context) -> HYContext:
-    if not isinstance(context, HYContext):
-        raise TypeError(f"context must be an HYContext, got {type(context).__name__}")
-    return context

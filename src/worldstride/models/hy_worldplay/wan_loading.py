@@ -10,6 +10,7 @@ import torch
 
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.encoder_files import WAN
 from worldstride.models.hy_worldplay.loading import EightB, draw, load_hy_worldplay, published
 from worldstride.models.hy_worldplay.wan import WanConfig, WanNetwork
 from worldstride.models.hy_worldplay.wan_adapter import WanWorldPlay
@@ -24,7 +25,7 @@ HEIGHT, WIDTH = 704, 1280
 DISTILLED, BASE = "wan_distilled_model", "wan_transformer"
 """Folders of the published model: the weights that play, and those that they were distilled from."""
 _WEIGHTS, _ENTRY = "model.pt", "generator"
-_ORIGIN, _CODEC = "tencent/HY-WorldPlay", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+_ORIGIN = "tencent/HY-WorldPlay"
 
 
 def load_worldplay(
@@ -101,17 +102,17 @@ def _root(path: Path | None) -> Path:
 
 
 def _vae(root: Path, device: torch.device, dtype: torch.dtype) -> tuple[WanVAE, str]:
-    name = _CODEC.split("/")[1]
+    name = WAN.split("/")[1]
     places = (root / "wan_vae", root / name / "vae", root.absolute().parent / name / "vae")
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise CheckpointError(
-            f"there is no folder {' nor '.join(str(place) for place in places)}; it is the folder vae of {_CODEC}"
+            f"there is no folder {' nor '.join(str(place) for place in places)}; it is the folder vae of {WAN}"
         )
-    tensors = published(folder, f"folder vae of {_CODEC}")
+    tensors = published(folder, f"folder vae of {WAN}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} lacks config.json, which tells the statistics of latents; it is in the folder vae of {_CODEC}"
+            f"{folder} lacks config.json, which tells the statistics of latents; it is in the folder vae of {WAN}"
         )
     config = WanVAEConfig.from_json(read_json(folder / "config.json"))
     vae = filled(lambda: WanVAE(config), None, tensors, str(folder), "VAE of its configuration", device, dtype)

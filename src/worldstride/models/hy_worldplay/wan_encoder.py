@@ -1,0 +1,76 @@
+"""umT5, the text encoder of HY-WorldPlay's WAN-5B variant: what its prompts' states are computed with, once.
+
+How a text is cleaned and cut into tokens comes from diffusers' pipeline of Wan, which the variant is built on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from worldstride.errors import CheckpointError, InputError
+from worldstride.models.hy_worldplay import encoder_files
+from worldstride.models.hy_worldplay.encoders import device_of, let_go
+from worldstride.models.hy_worldplay.wan_adapter import ROWS
+from worldstride.models.shards import read_json
+
+
+class WanTextEncoder:
+    """Made by `load_wan_encoder`. The encoder is read when it is needed and then let go of."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.path, self.device, self.dtype = path, device, dtype
+
+    @torch.no_grad()
+    def encode(self, text: str) -> dict[str, Tensor]:
+        """The states of a prompt, on the CPU, as `Engine.open` takes them: "text" [1, L, 4096] in the given precision.
+
+        Rows of padding are left out; the model fills them up with zeros, as the pipeline does. Raises `InputError` on
+        what is no text or has more than 512 tokens, `CheckpointError` on files that do not fit.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"the text must be a string, got {type(text).__name__}")
+        _, diffusers = encoder_files.libraries()
+        model, tokenizer = encoder_files.wan_text_encoder(self.path, self.dtype)
+        cleaned = diffusers.pipelines.wan.pipeline_wan.prompt_clean(text)
+        count = len(tokenizer(cleaned).input_ids)
+        if count > ROWS:
+            raise InputError(f"a text may have {ROWS} tokens, got {count}; shorten {text[:40]!r}...")
+        model.to(self.device)
+        pipeline = diffusers.WanPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, scheduler=None)
+        # padding is not seen: states are the same without it
+        states, _ = pipeline.encode_prompt(
+            text, do_classifier_free_guidance=False, max_sequence_length=count, device=self.device, dtype=self.dtype
+        )
+        made = {"text": states.cpu()}
+        let_go(model, self.device)
+        return made
+
+
+def load_wan_encoder(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> WanTextEncoder:
+    """The encoder of `Wan-AI/Wan2.2-TI2V-5B-Diffusers`, whose folder is given or lies in or beside the one given.
+
+    Nothing is read yet; 11 GB in half precision. Raises `CheckpointError` that names what is missing and where it comes
+    from, `MissingDependencyError` without transformers and diffusers.
+    """
+    place = device_of(device)
+    encoder_files.libraries()
+    given, name = Path(path).absolute(), encoder_files.WAN.split("/")[1]
+    around = (given / name, given.parent / name, given.parent.parent / name)
+    root = next((folder for folder in (given, *around) if _kind(folder) == "umt5"), Path(path))
+    encoder_files.find_encoder(root, "text encoder of Wan")
+    if (kind := _kind(root)) != "umt5":
+        raise CheckpointError(
+            f"{root / 'text_encoder'} holds a model of type {kind!r}, not umT5; that comes from {encoder_files.WAN}"
+        )
+    return WanTextEncoder(root, place, dtype)
+
+
+def _kind(folder: Path) -> object:
+    """What the configuration of a folder's text encoder says that it is; None where there is none."""
+    config = folder / "text_encoder" / "config.json"
+    return read_json(config).get("model_type") if config.is_file() else None
