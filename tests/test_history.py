@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from worldstride.camera import camera_from_pose
-from worldstride.context.history import TURN_METRES, History, camera_distance
+from worldstride.context.history import TURN_METRES, History, Remembered, camera_distance
 from worldstride.control import Action
 from worldstride.errors import InputError
 
@@ -151,3 +151,17 @@ def test_camera_distance_adds_metres_and_radians():
     assert float(camera_distance(flat, poses(2.0, yaw=math.pi))) == pytest.approx(2 + math.pi, abs=1e-3)
     pair = torch.stack([start, ahead])
     assert torch.equal(camera_distance(pair, pair.flip(0)), camera_distance(pair.flip(0), pair))
+
+
+def test_older_latents_may_stay_on_the_device_until_they_are_settled(monkeypatch: pytest.MonkeyPatch):
+    """A host stands in for the device: what would be moved is what is asked for on the host."""
+    moved = list[float]()
+    monkeypatch.setattr(Tensor, "device", property(lambda self: torch.device("cuda" if float(self) >= 3 else "cpu")))
+    monkeypatch.setattr(Tensor, "cpu", lambda self: (moved.append(float(self)), self)[1])
+    history = History(limit=20, hot=2, sink=1)
+    where = torch.eye(4).expand(8, 4, 4)
+    entries = [torch.tensor(float(n)) for n in range(8)]
+    for entry in entries:
+        history._entries.append(Remembered(history._total, entry, where[0], None))
+    history.settle()
+    assert moved == [5, 4, 3]  # 0 to 2 are there, 6 and 7 are the newest

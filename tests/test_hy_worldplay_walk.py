@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from worldstride.acceleration import AttentionReuse, resolve, save_settings
 from worldstride.attention import Partial, attend, streams
 from worldstride.bench.plan import Plan, read_plan, record
 from worldstride.bench.structure_hy_worldplay import UpstreamStructure, UpstreamWorldPlay
-from worldstride.bench.walk import out_and_back, walked, ways
+from worldstride.bench.walk import Way, out_and_back, walked, ways
 from worldstride.commands.bench import Bench
 from worldstride.commands.options import EngineOptions
 from worldstride.context.policy import TemporalWindow
@@ -236,6 +237,43 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert [row["name"] for row in result["rows"]] == ["upstream", "off"]
     assert result["parameter_bytes"] > 1e5
     assert "upstream" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["off", "hy-incremental"])
+def test_a_walk_ahead_is_the_same_walk(name: str):
+    (way,) = ways(engine(model()), [name if name == "off" else str(ROOT / f"benchmarks/levers/{name}.toml")])
+    stepped: list[int] = []
+    begun = time.perf_counter()
+    ahead: Any = walked(way, 4, 0, advance=lambda: stepped.append(1), ahead=True)
+    passed = time.perf_counter() - begun
+    plain: Any = walked(way, 4, 1)
+    assert len(stepped) == 4
+    assert (ahead["ahead"], plain["ahead"]) == (True, False)
+    assert 0.5 * passed < ahead["seconds"]["total"] <= ahead["wall_seconds"] <= passed
+    assert plain["seconds"]["total"] <= plain["wall_seconds"]
+    timed = ("seconds", "evaluation_seconds")
+    for one, other in zip(ahead["each"], plain["each"], strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    json.dumps(ahead)
+
+
+def test_a_walk_ahead_replays_a_plan(tiny_engine: Engine):
+    way = Way("changing", tiny_engine, Acceleration("changing", temporal=TemporalWindow()))
+    plan = Plan((1.0, 1.0, 0.0, 1.0, 0.25, 1.0), "recorded")
+    rows: list[Any] = [walked(way, 6, 0, plan, ahead=ahead) for ahead in (False, True)]
+    plain, ahead = ([e["context_latents"] for e in row["each"]] for row in rows)
+    assert plain == ahead
+    assert max(plain[2], plain[4]) < min(plain[3], plain[5])
+
+
+def test_the_command_plays_walks_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(EngineOptions, "load", lambda self, name: engine(model()))
+    out = tmp_path / "walk.json"
+    assert Bench("walk", "hy_worldplay", 2, 0, ("off",), ahead=True, out=out).run("bench walk") == 0
+    assert [row["ahead"] for row in json.loads(out.read_text())["rows"]] == [True]
+    assert "totals are wall time" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--ahead is for a walk; bench rollout steps chunk by chunk"):
+        Bench("rollout", "hy_worldplay", ahead=True).run("bench rollout")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/levers").glob("hy-*.toml")), ids=lambda f: f.stem)

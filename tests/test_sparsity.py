@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_keeping_everything_is_dense_attention(style: str, segments: tuple[int, 
     assert near(owner.at(0, "context").within(*inner), reference(*inner))
     assert owner.report().calls == {"sparse": 2}
     assert owner.report().density == pytest.approx({"chunk": 1.0, "context": 1.0})
+
+
+def test_what_was_done_can_be_told_when_blocks_are_let_go():
+    owner = SparseAttend(attend, asking("serpentine"), GRID, SEGMENTS)
+    layer = owner.at(0, "chunk")
+    layer.chunk(*chunk_inputs())
+    before, gone = owner.report(), weakref.ref(layer)
+    del layer
+    owner.let_go()
+    assert gone() is None
+    assert before.bytes > 0
+    assert owner.report() == before
 
 
 RULES = {

@@ -21,7 +21,7 @@ from worldstride.denoising import Denoising
 from worldstride.denoising.policy import AdaptiveSteps, StepCache
 from worldstride.errors import InputError
 from worldstride.protocol import Narrows, Recalled
-from worldstride.session import _planned
+from worldstride.session import planned
 from worldstride.stepping import grouped
 
 SEEDS = (3, 5, 8)
@@ -115,7 +115,7 @@ def test_a_batch_of_one_is_a_step(tiny_engine: Engine):
 
 def split(sessions: Sequence[Session], moves: Sequence[Action | None], limit: int | None = None) -> list[list[int]]:
     """Numbers of the sessions that would be made together."""
-    pending = _planned([s._ask(move, None, None, None, None) for s, move in zip(sessions, moves, strict=True)])
+    pending = planned([s._ask(move, None, None, None, None) for s, move in zip(sessions, moves, strict=True)])
     return [[[p.session is s for s in sessions].index(True) for p in group] for group in grouped(pending, limit)]
 
 

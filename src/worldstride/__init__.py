@@ -11,7 +11,8 @@ from worldstride.control import Action, ControlSettings
 from worldstride.engine import Engine, load
 from worldstride.report import ChunkReport
 from worldstride.saving import open_session as open
-from worldstride.session import Chunk, Session, step_together
+from worldstride.session import Session, step_together
+from worldstride.state import Chunk
 from worldstride.trajectory import Trajectory, load_trajectory, parse_trajectory
 
 __all__ = [

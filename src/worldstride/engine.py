@@ -19,6 +19,7 @@ from worldstride import worlds
 from worldstride.acceleration import Acceleration, resolve
 from worldstride.attention import Dense, Layout, rates
 from worldstride.attention.cost import Rates
+from worldstride.beside import Beside
 from worldstride.camera import camera_from_pose, check_cameras
 from worldstride.context.history import History
 from worldstride.context.retrieval import frustum_points
@@ -27,7 +28,8 @@ from worldstride.errors import InputError, integer_from
 from worldstride.models.registry import find
 from worldstride.navigation import FreeNavigator, Navigator, SceneNavigator
 from worldstride.protocol import BeginsWithImage, Compilable, EncodesPrompt, Recalls, WorldModel
-from worldstride.session import Session, SessionState
+from worldstride.session import Session
+from worldstride.state import SessionState
 
 Weights = Literal["pretrained", "random"]
 
@@ -57,6 +59,7 @@ class Engine:
         self.model, self.source, self.acceleration = model, source, acceleration
         self.controls, self._attention = controls or ControlSettings(), attention
         self._rates: dict[int, Rates | None] = {}
+        self._beside: Beside | None = None
         self.layouts: dict[object, Layout] = {}
         """Layouts of blocks that sessions have used: functions of sizes alone."""
 
@@ -78,6 +81,13 @@ class Engine:
             kind = getattr(torch, self.source.dtype)
             self._rates[channels] = rates.measured(self.attention, self.device, kind, channels)
         return self._rates[channels]
+
+    @property
+    def beside(self) -> Beside:
+        """Where a GPU decodes chunks made ahead; one for all sessions, since each stream keeps memory of its own."""
+        if self._beside is None:
+            self._beside = Beside.of(self.device)
+        return self._beside
 
     @property
     def frame_size(self) -> tuple[int, int]:

@@ -38,7 +38,11 @@ class ChunkReport:
     flops: dict[str, float]
     """Floating-point operations of the context and of denoising; empty where the model does not tell."""
     seconds: dict[str, float]
-    """Wall time of each stage: control, select, fetch, context, denoise, decode, total; a share of its batch's."""
+    """Wall time of each stage: control, select, fetch, context, denoise, decode, total; a share of its batch's.
+
+    On a GPU stages are timed there. Total is the stages' sum; where chunks are made ahead it is the time from handing
+    out the chunk before to handing out this one, whatever the caller did meanwhile included. Stages then overlap with
+    those of other chunks and slow each other down, so that they may add up to more."""
     batch: int
     """Chunks that were made together."""
     history_latents: int

@@ -21,7 +21,8 @@ from worldstride.engine import Engine, EngineSource, load
 from worldstride.errors import SaveFileError, WorldstrideError
 from worldstride.navigation import FreeNavigator, SceneNavigator
 from worldstride.savefile import read_save, write_save
-from worldstride.session import Session, SessionState
+from worldstride.session import Session
+from worldstride.state import SessionState
 
 
 def save_session(

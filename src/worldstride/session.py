@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,7 @@ from torch import Tensor
 from worldstride.acceleration import Acceleration, resolve
 from worldstride.camera import check_cameras
 from worldstride.context.history import History
-from worldstride.context.kept import KeptLatents
-from worldstride.context.planning import Planned, Wanted, observe_change, plan_contexts
-from worldstride.context.policy import PolicyState
+from worldstride.context.planning import Planned, Wanted, plan_contexts
 from worldstride.context.selection import Lookup
 from worldstride.context.similarity import View
 from worldstride.control import Action, actions_per_frame
@@ -24,51 +22,15 @@ from worldstride.denoising.policy import plan_denoising
 from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.errors import InputError, integer_from
 from worldstride.navigation import Navigator
-from worldstride.playing import Per, part_of
+from worldstride.playing import Per
 from worldstride.protocol import ChunkShape, EncodesPrompt, KeepsLatents, LabelsMotion, Led, Recalls
-from worldstride.report import ChunkReport
+from worldstride.state import Chunk, SessionState, moved_on, shown
 from worldstride.stepping import Made, Pending, carry_out, grouped
 from worldstride.trajectory import Trajectory
+from worldstride.wishes import Wish, acting, along
 
 if TYPE_CHECKING:
     from worldstride.engine import Engine
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """What one step of a session gives."""
-
-    frames: np.ndarray
-    """uint8 [F, H, W, 3]"""
-    cameras: np.ndarray
-    """Camera-to-world matrices of the frames, float32 [F, 4, 4]."""
-    report: ChunkReport
-
-
-@dataclass
-class SessionState:
-    """Everything that makes a session this one and no other; `saving.py` writes it, `Session.fork` copies it."""
-
-    noise_seed: int
-    points: Tensor
-    """Sample points of retrieval [P, 3]."""
-    history: History
-    camera: Tensor
-    """Camera [4, 4] of the last frame."""
-    chunk: int = 0
-    """Number of the next chunk."""
-    frame: int = 0
-    """Number of the next frame."""
-    decoder: dict[str, Tensor] = field(default_factory=dict)
-    prompt: dict[str, Tensor] = field(default_factory=dict)
-    intrinsics: Tensor | None = None
-    """Normalised intrinsics [3, 3] of this world's cameras; None takes the model's own."""
-    world: tuple[str, int] | None = None
-    """Family and seed of the procedural world, where there is one."""
-    policy: PolicyState = field(default_factory=PolicyState)
-    """What accelerating policies remember from chunk to chunk."""
-    kept: KeptLatents = field(default_factory=KeptLatents)
-    """What is kept of encoded latents."""
 
 
 class Session:
@@ -128,7 +90,7 @@ class Session:
         self, action: Action | Sequence[Action] | None, cameras: np.ndarray | Tensor | None, noise: Tensor | None,
         own_intrinsics: Tensor | None, recall: Sequence[int] | None = None,
     ) -> Chunk:  # fmt: skip
-        (made,) = carry_out(_planned([self._ask(action, cameras, noise, own_intrinsics, recall)]))
+        (made,) = carry_out(planned([self._ask(action, cameras, noise, own_intrinsics, recall)]))
         return self._finish(made)
 
     def _ask(
@@ -173,30 +135,12 @@ class Session:
         )  # fmt: skip
 
     def _finish(self, made: Made) -> Chunk:
-        p = made.pending
-        state, shape, settings = p.state, p.shape, p.settings
-        history = state.history.fork()
-        numbers = [history.entries[i].index for i in p.context.rows]
-        history.append(made.latents, p.cameras[list(shape.latent_frames)], p.led)
-        policy, kept = p.policy, state.kept
-        if settings.temporal is not None:
-            policy = observe_change(history, shape, settings.temporal.weight, policy)
-        if settings.kept is not None and made.kept:
-            whole = p.absent is not None and len(p.absent) == len(numbers)
-            kept = kept.used(settings.kept, numbers, made.kept, whole)
-        encoded = len(numbers) if p.absent is None else len(p.absent)
-        report = ChunkReport(
-            state.chunk, state.frame, shape.frames, settings.name, p.signals, p.context, made.context_latents, encoded,
-            made.context_bytes, made.plan.sampler.steps, made.plan.sampler.solver, made.plan.reason, made.evaluations,
-            made.acted(), made.flops(), {**made.seconds, "total": sum(made.seconds.values())},
-            made.batch, len(history), history.bytes, kept.bytes, made.sparsity,
-        )  # fmt: skip
+        state = moved_on(made.left)
+        state.history.settle()
+        chunk = shown(made, state)
         # one assignment: whatever interrupts a step, the session is the one before it or the one after it
-        self._state = replace(
-            state, history=history, decoder=made.decoder, camera=p.cameras[-1].clone(), chunk=state.chunk + 1,
-            frame=state.frame + shape.frames, intrinsics=p.own_intrinsics, policy=policy, kept=kept,
-        )  # fmt: skip
-        return Chunk(made.frames, p.cameras.numpy().copy(), report)
+        self._state = state
+        return chunk
 
     def correct(self, frames: np.ndarray | Tensor) -> None:
         """Replace what the last chunk showed by frames uint8 [F, H, W, 3] that should have been seen there.
@@ -223,21 +167,42 @@ class Session:
             raise InputError(f"{len(pictures)} frames encode to {len(latents)} latents, the chunk has {shape.new}")
         self._state = replace(state, history=state.history.replaced(latents))
 
-    def play(self, trajectory: Trajectory, per: Per = "frame") -> Iterator[Chunk]:
+    def stream(self, actions: Iterable[Action | Sequence[Action] | None], ahead: bool = False) -> Iterator[Chunk]:
+        """Step by each action in turn, as `step` takes it.
+
+        With `ahead` the next action is asked for, and its chunk begun, before the frames of this one are waited for: a
+        GPU decodes a chunk beside the making of the next. Chunks are the same, bit for bit. The price: an action is
+        asked for one decoding earlier than by `step`, so `actions` cannot wait for what the chunk before it shows; a
+        chunk comes when the next one's work is queued (on a CPU, where nothing is gained, done); a GPU holds a context
+        while it decodes.
+
+        Between chunks the session is the one after the chunk it gave last, to be saved, forked, corrected, stepped, or
+        left for good; what was begun and no longer follows is made anew. What fails ahead fails when it is due.
+        `actions` may set `acceleration` for the chunk it is asked for; `InputError` where it steps or corrects.
+        """
+        if not isinstance(actions, Iterable):
+            raise InputError(f"stream takes actions one after the other, got {type(actions).__name__}; step takes one")
+        return self._follow(acting(actions), ahead)
+
+    def play(self, trajectory: Trajectory, per: Per = "frame", ahead: bool = False) -> Iterator[Chunk]:
         """Step along a trajectory; a last part shorter than a chunk is filled up by standing still.
 
         A trajectory's intrinsics become the session's with its first chunk; a model that was made for others raises
         `InputError`. Its entries are frames, or latents where a latent is several frames (as pose strings and files of
-        HY-WorldPlay count): an action is then held that long, and cameras in between are on the way.
+        HY-WorldPlay count): an action is then held that long, and cameras in between are on the way. `ahead` begins a
+        chunk before the frames of the one before are waited for, see `stream`.
         """
-        given = trajectory.intrinsics
-        intrinsics = self._state.intrinsics if given is None else _one_intrinsics(given)
-        done, length = 0, len(trajectory)
-        while done < length:
-            shape, fresh = self.engine.model.chunk(self._state.chunk), not self._state.frame
-            taken, actions, cameras = part_of(trajectory, done, shape, per, self._state.camera, fresh)
-            yield self._step(actions, cameras, None, intrinsics)
-            done += taken
+        return self._follow(along(trajectory, per, self.engine.model, self._state.intrinsics), ahead)
+
+    def _follow(self, wishes: Iterator[Wish], ahead: bool) -> Iterator[Chunk]:
+        if ahead:
+            from worldstride.streaming import made_ahead
+
+            yield from made_ahead(self, wishes)
+            return
+        for wish in wishes:
+            action, cameras, intrinsics = wish(self._state)
+            yield self._step(action, cameras, None, intrinsics)
 
     def fork(self, noise_seed: int | None = None) -> Session:
         """An independent session that goes on from here; with another noise seed it dreams something else."""
@@ -319,13 +284,13 @@ class _Asked:
     """Seconds that it took so far."""
 
 
-def _planned(asked: Sequence[_Asked]) -> list[Pending]:
+def planned(asked: Sequence[_Asked]) -> list[Pending]:
     """Plan chunks; what cameras tell is computed for all worlds at once."""
     clock = Stopwatch(torch.device("cpu"))
-    planned = plan_contexts([a.wanted for a in asked])
+    contexts = plan_contexts([a.wanted for a in asked])
     clock.mark()
     select = clock.seconds()[0] / max(len(asked), 1)
-    return [a.session._pend(a, one, select) for a, one in zip(asked, planned, strict=True)]
+    return [a.session._pend(a, one, select) for a, one in zip(asked, contexts, strict=True)]
 
 
 @torch.inference_mode()
@@ -347,14 +312,14 @@ def step_together(
     every = [[None] * count if given is None else list(given) for given in (actions, cameras, noise, recall)]
     if any(len(given) != count for given in every):
         raise InputError(f"step_together needs one entry for each of {count} sessions, got {[len(g) for g in every]}")
-    pending = _planned([
+    pending = planned([
         s._ask(action, where, start, s._state.intrinsics, places)
         for s, action, where, start, places in zip(sessions, *every, strict=True)
     ])  # fmt: skip
     made = [m for group in grouped(pending, limit) for m in carry_out(group)]
     before = [s._state for s in sessions]
     try:
-        chunks = {id(m.pending.session): m.pending.session._finish(m) for m in made}
+        chunks = {id(m.left.pending.session): m.left.pending.session._finish(m) for m in made}
     except BaseException:  # whatever interrupts, all sessions are the ones before it
         for session, state in zip(sessions, before, strict=True):
             session._state = state
@@ -365,10 +330,3 @@ def step_together(
 def in_force(settings: Acceleration, chunk: int) -> Acceleration:
     """What holds for a chunk: the first ones of a world may be made at full compute."""
     return Acceleration(settings.name) if chunk < settings.warmup else settings
-
-
-def _one_intrinsics(intrinsics: Tensor) -> Tensor:
-    flat = intrinsics.reshape(-1, 3, 3).float()
-    if not torch.allclose(flat, flat[:1].expand_as(flat), atol=1e-4):
-        raise InputError("the trajectory's intrinsics change from frame to frame; a session has one camera")
-    return flat[0]

@@ -1,4 +1,4 @@
-"""One step of one world or of several: plan each, carry out together what fits together, finish each."""
+"""One step of one world or of several: plan each, carry out together what fits together, in two halves."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from worldstride import noise as noises
 from worldstride.acceleration import Acceleration
 from worldstride.attention import Attend, SparseAttend, SparsityReport
-from worldstride.context.kept import clips, encode_kept
+from worldstride.beside import Arrival, Beside
+from worldstride.context.kept import encode_kept
 from worldstride.context.policy import PolicyState
-from worldstride.context.selection import ContextPlan, Signals, bounded
+from worldstride.context.selection import ContextPlan, Signals
 from worldstride.control import Action
-from worldstride.denoising import DenoisePlan, Denoising, Evaluation
+from worldstride.denoising import DenoisePlan, Denoising
+from worldstride.denoising.loop import Done
 from worldstride.denoising.policy import shortened
 from worldstride.denoising.stopwatch import Stopwatch
+from worldstride.made import Left, Made
 from worldstride.protocol import (
     AttendsSparsely,
     ChunkShape,
     Conditions,
     Context,
-    Costed,
     KeepsLatents,
     LabelsMotion,
     Led,
@@ -35,7 +36,8 @@ from worldstride.protocol import (
 )
 
 if TYPE_CHECKING:
-    from worldstride.session import Session, SessionState
+    from worldstride.session import Session
+    from worldstride.state import SessionState
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,72 +82,6 @@ class Pending:
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
         where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder, self.settings.sparsity)
         return (*where, *how, self.actions, led, prompt, id(self.session.engine))
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What came of a pending chunk."""
-
-    pending: Pending
-    frames: np.ndarray
-    latents: Tensor
-    """[new, ...]"""
-    decoder: dict[str, Tensor]
-    kept: tuple[Tensor, ...]
-    """What the model keeps of each context latent; empty where nothing is kept."""
-    context_latents: int
-    context_bytes: int
-    plan: DenoisePlan
-    evaluations: tuple[Evaluation, ...]
-    seconds: dict[str, float]
-    batch: int
-    """Chunks that were made together; the seconds are a chunk's share, of denoising by its evaluations."""
-    sparsity: SparsityReport | None
-    """What block-sparse attention did to the batch."""
-
-    def acted(self) -> tuple[str, ...]:
-        """Names of the levers that saved something in this chunk; what a plain bound saved is no policy's doing."""
-        p, spec = self.pending, self.plan.sampler
-        s, shape, full = p.settings, p.shape, p.session.engine.model.sampler()
-        longest = min(shape.window, len(p.state.history) - shape.clean)
-        bound = bounded(longest, s.window)
-        whole = min(shape.memory, p.signals.candidates)
-        most = bounded(whole, s.memory)
-        asked = full.steps if s.steps is None else s.steps
-        did = {
-            "steps": asked < full.steps,
-            "solver": s.solver is not None and spec.solver == s.solver and full.solver != s.solver,
-            "window": bound < longest,
-            "memory": most < whole,
-            "temporal": s.temporal is not None and len(p.context.window) < bound,
-            # a model's own rule may bring back fewer than it could
-            "spatial": s.spatial is not None and not p.policy.revisiting and s.spatial.exploring < most,
-            "kept": p.absent is not None and len(p.absent) < self.context_latents,
-            "cache": any(not e.computed for e in self.evaluations),
-            "adaptive": s.adaptive is not None and spec.steps < asked,
-            "attention": any(e.computed and not e.attended for e in self.evaluations),
-            "sparsity": self.sparsity is not None and any(d < 1 for d in self.sparsity.density.values()),
-        }
-        return tuple(name for name, fired in did.items() if fired)
-
-    def flops(self) -> dict[str, float]:
-        """Floating-point operations of the context and of denoising; empty where the model does not tell."""
-        p = self.pending
-        model, shape, kept, total = p.session.engine.model, p.shape, p.settings.kept, self.context_latents
-        if not isinstance(model, Costed):
-            return {}
-        encoded = total if p.absent is None else len(p.absent)
-        density = {} if self.sparsity is None else self.sparsity.density
-        context = model.context_flops(encoded, total * density.get("context", 1.0))
-        if p.absent is not None and kept is not None and kept.sees == "itself":
-            context = model.context_flops(encoded, 1)
-        if p.absent is not None and kept is not None and kept.sees == "before":
-            groups = clips(p.absent, total, len(p.context.window), shape.new)
-            context = sum(model.context_flops(len(g), g[-1] + 1) for g in groups)
-        made, branches = shape.clean + shape.new, 1 if self.plan.sampler.guidance is None else 2
-        seen = max(0.0, density.get("chunk", 1.0) * (total + made) - made)
-        each = (model.evaluation_flops(made, seen if e.attended else 0) for e in self.evaluations if e.computed)
-        return {"context": context, "denoise": branches * sum(each)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,10 +197,72 @@ def grouped(pending: Sequence[Pending], limit: int | None = None) -> list[list[P
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-def carry_out(group: Sequence[Pending]) -> list[Made]:
-    """Make chunks with equal keys; sessions are not touched. Results are in the order of `group`."""
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Chunks with equal keys whose latents the device is asked for."""
+
+    batch: _Batch
+    attend: Attend
+    latents: Tensor
+    """[B, new, ...]"""
+    kept: Sequence[tuple[Tensor, ...]]
+    context_latents: int
+    context_bytes: int
+    plans: Sequence[DenoisePlan]
+    done: Done
+    watch: Stopwatch
+
+    def decode(self, beside: Beside) -> Decoding:
+        """Ask for the frames as well, `beside` what is asked for from now on."""
+        decoder, states = self.batch.model.decoder, [p.state.decoder for p in self.batch.pending]
+        reading = [self.latents, *(t for state in states for t in state.values())]
+        with beside.after(beside.now(), reading):
+            watch = Stopwatch(self.latents.device)
+            state = states[0]
+            if len(states) > 1:
+                state = {name: torch.cat([s[name] for s in states]) for name in state}
+            frames, after = decoder.decode(self.latents, state)
+            arrival = beside.send(frames)
+            watch.mark()
+            rows = [_row(after, i, len(states)) for i in range(len(states))]
+        left = map(Left, self.batch.pending, self.latents, rows, self.kept)
+        return Decoding(self, beside, tuple(left), arrival, watch)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """Chunks of which all is asked for."""
+
+    begun: Begun
+    beside: Beside
+    left: tuple[Left, ...]
+    """What each leaves for its next one."""
+    frames: Arrival
+    watch: Stopwatch
+
+    def finish(self) -> list[Made]:
+        """Wait for the frames, and for nothing that was asked for since."""
+        begun, count, pictures = self.begun, len(self.left), self.frames.wait()
+        evaluations = begun.done.evaluations()
+        with self.beside.after(None):  # what it reads was there before frames were decoded
+            sparsity = begun.batch.sparsity(begun.attend)
+        seconds = [*begun.watch.seconds(), *self.watch.seconds()]
+        share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in seconds), strict=True))
+        computed = [sum(e.computed for e in made) for made in evaluations]
+        parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]
+        return [
+            Made(
+                left, pictures[i], begun.context_latents, begun.context_bytes // count, begun.plans[i], evaluations[i],
+                {**left.pending.seconds, **parts[i]}, count, sparsity,
+            )
+            for i, left in enumerate(self.left)
+        ]  # fmt: skip
+
+
+def begin(group: Sequence[Pending]) -> Begun:
+    """Ask the device for the latents of chunks with equal keys; sessions are not touched."""
     batch = _Batch(group)
-    model, count = batch.model, len(group)
+    model = batch.model
     attend = batch.attend()  # may have to be measured, before clocks run
     watch = Stopwatch(model.device)
     latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
@@ -276,27 +274,17 @@ def carry_out(group: Sequence[Pending]) -> list[Made]:
     run = Denoising(model, noise, inputs, context, plans, attend, lambda i: batch.noise(i + 1))
     if run.looking:
         plans = _after_look(run, group)
-    committed, done = model.commit(run.run(), inputs[0]), run.done()
-    size, held = context.latents, context.bytes
-    del context, inputs, run  # gigabytes that decoding can use
+    committed = model.commit(run.run(), inputs[0])
     watch.mark()
-    states = [p.state.decoder for p in group]
-    state = states[0] if count == 1 else {name: torch.cat([s[name] for s in states]) for name in states[0]}
-    frames, decoder = model.decoder.decode(committed, state)
-    pictures = frames.cpu().numpy()
-    watch.mark()
-    evaluations = done.evaluations()
-    sparsity = batch.sparsity(attend)
-    share = dict(zip(("fetch", "context", "denoise", "decode"), (t / count for t in watch.seconds()), strict=True))
-    computed = [sum(e.computed for e in made) for made in evaluations]
-    parts = [{**share, "denoise": share["denoise"] * count * n / sum(computed)} for n in computed]
-    return [
-        Made(
-            p, pictures[i], committed[i], _row(decoder, i, count), kept[i], size,
-            held // count, plans[i], evaluations[i], {**p.seconds, **parts[i]}, count, sparsity,
-        )
-        for i, p in enumerate(group)
-    ]  # fmt: skip
+    # context, inputs and blocks end here: gigabytes that decoding can use
+    if isinstance(attend, SparseAttend):
+        attend.let_go()
+    return Begun(batch, attend, committed, kept, context.latents, context.bytes, plans, run.done(), watch)
+
+
+def carry_out(group: Sequence[Pending]) -> list[Made]:
+    """Make chunks with equal keys; sessions are not touched. Results are in the order of `group`."""
+    return begin(group).decode(Beside()).finish()
 
 
 def _row(state: dict[str, Tensor], i: int, count: int) -> dict[str, Tensor]:

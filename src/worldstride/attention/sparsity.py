@@ -106,6 +106,7 @@ class SparseAttend(Attending):
         self._densities: dict[str, list[tuple[Tensor | float, int]]] = {}
         self._implementation, self._remark = "none", ""
         self._layers: dict[tuple[Pass, int], LayerAttend] = {}
+        self._held = 0
 
     def at(self, layer: int, kind: Pass) -> LayerAttend:
         """Attention of one layer in one pass; the same object each time, since it keeps the context's blocks."""
@@ -123,8 +124,13 @@ class SparseAttend(Attending):
             pairs = [(next(known) if isinstance(share, Tensor) else share, n) for share, n in found]
             density[kind] = sum(share * n for share, n in pairs) / sum(n for _, n in pairs)
         calls = {way: n for way, n in self._calls.items() if n}
-        held = sum(layer.bytes for layer in self._layers.values())
+        held = self._held + sum(layer.bytes for layer in self._layers.values())
         return SparsityReport(calls, density, self._implementation, dict(self._decisions), held, self._remark)
+
+    def let_go(self) -> None:
+        """Free the context's blocks, when the chunk is done; what was done can still be told."""
+        self._held += sum(layer.bytes for layer in self._layers.values())
+        self._layers.clear()
 
     def layout(self, frames: int, device: torch.device) -> Layout:
         """Blocks of context latents, which lie within its segments."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
+from worldstride.session import Session
 
 UPSTREAM = "upstream"
 """The way that computes in the structure of the model's original code (`structure_hy_worldplay`)."""
@@ -59,32 +61,36 @@ def out_and_back(chunks: int) -> list[Action]:
 
 def walked(
     way: Way, chunks: int, warmup: int, plan: Plan | None = None, seed: int = 0,
-    advance: Callable[[], object] = lambda: None,
+    advance: Callable[[], object] = lambda: None, ahead: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Play a whole walk of `chunks` chunks; `warmup` chunks of a walk of its own come first and do not count.
 
-    Where `plan` is given it decides windows in place of a temporal one, for that looks at frames.
+    Where `plan` is given it decides windows in place of a temporal one, for that looks at frames. With `ahead` chunks
+    are begun before the frames of the one before are waited for: the sum of their totals is then the whole walk's wall
+    time, while otherwise it leaves out what the host does between stages. "wall_seconds" is that time either way.
 
     Returns the row of a table: what `rollout.summary` says, every chunk's stages, quantiles of whole chunks, and a
     GPU's peak memory.
     """
     if chunks < 2 or warmup < 0:
         raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
+    wall = 0.0
     for count in (warmup, chunks):
         session, reports = way.engine.sample(seed), []
         if way.engine.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(way.engine.device)
-        for k, action in enumerate(out_and_back(count)):
-            shape, settings = way.engine.model.chunk(k), way.acceleration
-            session.acceleration = settings if plan is None else plan.settle(settings, k, shape)
-            reports.append(session.step(action).report)
+        begun = time.perf_counter()
+        for chunk in session.stream(_settled(session, way, out_and_back(count), plan), ahead):
+            reports.append(chunk.report)
             advance()
+        wall = time.perf_counter() - begun
     whole = [r.seconds["total"] for r in reports]
     made = summary(reports)
     gpu = way.engine.device.type == "cuda"
     return {
         "name": way.name, "acceleration": way.acceleration.to_json(), **made,
+        "ahead": ahead, "wall_seconds": wall,
         "chunk_seconds": {"p50": quantile(whole, 0.5), "p95": quantile(whole, 0.95), "last": whole[-1]},
         "gpu_peak_bytes": torch.cuda.max_memory_allocated(way.engine.device) if gpu else None,
         "each": [
@@ -97,3 +103,11 @@ def walked(
             for r in reports
         ],
     }  # fmt: skip
+
+
+def _settled(session: Session, way: Way, actions: Sequence[Action], plan: Plan | None) -> Iterator[Action]:
+    """The actions; as each is asked for, the session gets its chunk's settings."""
+    for k, action in enumerate(actions):
+        settings = way.acceleration
+        session.acceleration = settings if plan is None else plan.settle(settings, k, way.engine.model.chunk(k))
+        yield action

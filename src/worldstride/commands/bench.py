@@ -39,6 +39,8 @@ class Bench:
     """Presets or .toml files, measured in turn in one run; for a walk also `upstream`, the original's structure."""
     plan: OptionalPath = None
     """For a walk: file of recorded windows, replayed in place of what settings would decide from frames."""
+    ahead: bool = False
+    """For a walk: begin each chunk before the frames of the one before are waited for; results are the same bits."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None
@@ -50,6 +52,8 @@ class Bench:
         settings = [resolve(name) for name in self.accelerations if self.benchmark != "walk"]
         if self.benchmark == "plan" and (len(settings) != 1 or self.out is None):
             raise InputError(f"a plan is recorded of one setting into --out, got {len(settings)} and {self.out}")
+        if self.ahead and self.benchmark != "walk":
+            raise InputError(f"--ahead is for a walk; bench {self.benchmark} steps chunk by chunk")
         plan = None if self.plan is None else read_plan(self.plan)
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads must be at least 1, got {self.threads}")
@@ -97,7 +101,7 @@ class Bench:
         chosen, rows = ways(engine, self.accelerations), list[dict[str, Any]]()
         with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
             for way in chosen:
-                rows.append(walked(way, self.chunks, self.warmup, plan, advance=bar.update))
+                rows.append(walked(way, self.chunks, self.warmup, plan, advance=bar.update, ahead=self.ahead))
                 bar.write(f"{way.name}: {rows[-1]['seconds']['total']:.2f} s")
         parameters = sum(p.numel() * p.element_size() for p in _parameters(engine))
         return {
@@ -145,6 +149,8 @@ def _print_walk(result: Mapping[str, Any]) -> None:
         rows.append([row["name"], f"{total:.2f}", f"{first / total:.2f}", *whole, *times, *ends])
     print(table(headers, rows))
     print(f"\nweights {result['parameter_bytes'] / 2**30:.1f} GiB; stage times are medians over the walk's chunks")
+    if any(row["ahead"] for row in result["rows"]):
+        print("chunks begun ahead: stages overlap, and totals are wall time")
     if result["note"]:
         print(result["note"])
 

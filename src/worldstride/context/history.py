@@ -69,19 +69,24 @@ class History:
         """An independent history with the same entries."""
         return History(self.limit, self.hot, self.sink, self.entries, self.clip)
 
-    def append(self, latents: Tensor, cameras: Tensor, led: tuple[Led, ...]) -> None:
-        """Add latents [T, ...] with cameras [T, 4, 4]."""
+    def append(self, latents: Tensor, cameras: Tensor, led: tuple[Led, ...], settle: bool = True) -> None:
+        """Add latents [T, ...] with cameras [T, 4, 4]; without `settle` older ones stay on the device until then."""
         for latent, pose, of in zip(latents, cameras.cpu(), led, strict=True):
             self._entries.append(Remembered(self._total, latent.clone(), pose.clone(), of))
             self._total += 1
-        cold = len(self._entries) - self.hot
-        for i in range(max(0, cold - len(latents)), max(0, cold)):
-            entry = self._entries[i]
-            if entry.latent.device.type != "cpu":
-                self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.led)
         while len(self._entries) > self.limit:
             first = self._least_telling()
             del self._entries[first : first + self.clip]
+        if settle:
+            self.settle()
+
+    def settle(self) -> None:
+        """Move latents older than the newest `hot` to the host, which waits for the device."""
+        for i in range(len(self._entries) - self.hot - 1, -1, -1):
+            entry = self._entries[i]
+            if entry.latent.device.type == "cpu":
+                break  # all before it are there
+            self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.led)
 
     def replaced(self, latents: Tensor) -> History:
         """A history whose newest latents are these [T, ...]; cameras and what led to them stay."""
