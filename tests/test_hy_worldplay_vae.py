@@ -19,7 +19,7 @@ from torch import Tensor
 
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
-from worldstride.models.hy_worldplay.vae_layers import ChannelNorm, shuffle, unshuffle
+from worldstride.models.hy_worldplay.vae_layers import ChannelNorm, laid_out, shuffle, unshuffle
 
 GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 UNEVEN = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 32, 32), layers_per_block=1)
@@ -284,7 +284,7 @@ def test_norm_is_in_float32(dtype: torch.dtype):
 
 def test_channels_last_gives_the_same():
     vae, z, frames = seeded(UNEVEN), normal(1, 4, 3, 2, 3), normal(1, 3, 5, 16, 32)
-    last = copied(vae).channels_last()
+    last = laid_out(copied(vae))
     assert last.decoder.mid.block_1.conv1.conv.weight.stride(1) == 1
     out, state = last.decode(z[:, :, :2].contiguous(memory_format=torch.channels_last_3d), {})
     truth, own = vae.decode(z[:, :, :2], {})

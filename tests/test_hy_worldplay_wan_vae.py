@@ -14,7 +14,7 @@ from hy_golden import normal, relative
 from wan_tiny import VAE, codec, codec_json
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
-from worldstride.models.hy_worldplay.vae_layers import Memory
+from worldstride.models.hy_worldplay.vae_layers import Memory, laid_out
 from worldstride.models.hy_worldplay.wan_vae import WanVAE, WanVAEConfig
 from worldstride.models.hy_worldplay.wan_vae_layers import PastConv, plus_spread
 
@@ -130,7 +130,7 @@ def test_a_batch_equals_its_worlds():
 def test_convolutions_see_channels_last_memory_whatever_came_in(monkeypatch: pytest.MonkeyPatch):
     vae, z, plain, seen = WanVAE(VAE).eval(), latents(2), PastConv._conv_forward, list[bool]()
     vae.load_state_dict(codec().state_dict())
-    assert vae.channels_last().decoder.conv_in.weight.stride(1) == 1
+    assert laid_out(vae).decoder.conv_in.weight.stride(1) == 1
 
     def looked_at(self: PastConv, x: Tensor, *given: Any) -> Tensor:
         seen.append(x.is_contiguous(memory_format=torch.channels_last_3d))

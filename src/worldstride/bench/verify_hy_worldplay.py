@@ -26,9 +26,9 @@ from worldstride.bench.comparison import Comparison
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, WorldstrideError
 from worldstride.models.hy_worldplay import places
-from worldstride.models.hy_worldplay.adapter import SHIFT
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.labels import labels
+from worldstride.models.hy_worldplay.large import SHIFT
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.placed import NEW, STABLE
 from worldstride.models.hy_worldplay.poses import parse_poses

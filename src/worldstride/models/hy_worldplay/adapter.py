@@ -6,25 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
-from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import integer_from
 from worldstride.models.hy_worldplay import cost, given, two_streams
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
-from worldstride.models.hy_worldplay.model import Frames, HYNetwork
-from worldstride.models.hy_worldplay.placed import STABLE, Placed
+from worldstride.models.hy_worldplay.large import SINK, WINDOW, Large
+from worldstride.models.hy_worldplay.model import Frames
+from worldstride.models.hy_worldplay.placed import STABLE
 from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.text import NEGATIVE
-from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 
-WINDOW, MEMORY, SINK = 12, 4, 4
-"""Latents of the context once the world is longer than all of it: most recent, retrieved, first."""
-SHIFT = 5.0
-"""Of the noise schedule."""
+MEMORY = 4
+"""Latents of the clip that is brought back, once the world is longer than the context."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,48 +98,19 @@ class ReusesOuter:
         return replace(HYContext.own(context), apart=False, reused=tuple(captured.get("outer", ())))
 
 
-class HYWorldPlay(ReusesOuter, Placed):
-    """`WorldModel` of the autoregressive models: distilled to a few steps, or guided.
+class HYWorldPlay(ReusesOuter, Large):
+    """`WorldModel` of the autoregressive models: distilled to a few steps, or guided."""
 
-    Its text has no place, so worlds had best begin near the origin, looking ahead, as those it was trained on do.
-    """
-
-    def __init__(
-        self, network: HYNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 4,
-        guidance: float | None = None,
-    ) -> None:  # fmt: skip
-        """A model that makes frames of the decoder's size.
-
-        Args:
-            network: the transformer.
-            decoder: the VAE at a frame size that 16 divides.
-            storage: precision of latents between steps (bfloat16 upstream).
-            steps: solver steps at full compute.
-            guidance: scale of classifier-free guidance of models that are not distilled; prompts then need negative
-                states, too.
-        """
-        self.token_grid = (decoder.size[0] // 16, decoder.size[1] // 16)
-        super().__init__(network.config, decoder, network.enter.weight, self.token_grid)
-        self.network, self.config = network, network.config
-        self.storage, self.steps, self.guidance = storage, steps, guidance
-        self.latent_shape = (self.config.channels, *self.token_grid)
-
-    def compile_passes(self) -> None:
-        """Compile what stands around attention in the blocks, for any number of tokens; the decoder is not compiled."""
-        self.network.compile_passes()
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """See `AttendsSparsely.token_grid`."""
+        return self.latent_shape[1], self.latent_shape[2]
 
     def chunk(self, k: int) -> ChunkShape:
         """4 latents: 13 frames in the first chunk, 16 in others. The context is the whole past up to 20 latents, then
         the first clip, one that is retrieved, and the last 12 latents."""
         frames, last = (13, (0, 4, 8, 12)) if k == 0 else (16, None)
         return ChunkShape(self.new, frames, window=WINDOW, memory=MEMORY, sink=SINK, clip=self.new, last_frames=last)
-
-    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
-        """Euler on a schedule shifted by 5."""
-        steps = self.steps if steps is None else steps
-        integer_from("steps", steps, 1)
-        sigmas = shifted_sigmas(steps, SHIFT if shift is None else shift)
-        return SamplerSpec(sigmas, storage=self.storage, guidance=self.guidance)
 
     def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> HYPrompt:
         """Text keys and values from encoder states "text" [1, L, ...], "glyphs" [1, G, ...] and "vision" [1, V, ...].
@@ -159,10 +125,6 @@ class HYWorldPlay(ReusesOuter, Placed):
     def _text(self, prompt: Mapping[str, Tensor], sign: str, attend: Attend) -> tuple[KeysValues, ...]:
         """Keys and values of the states whose names begin with `sign`."""
         return tuple(self.network.text(given.states(prompt, sign, self.config, self.device), attend))
-
-    def sample_prompt(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """States of 200 tokens of text, no glyphs, and an image."""
-        return given.sampled(self.config, self.guidance is not None, generator)
 
     def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
         """Places, labels and the first image of the coming latents."""

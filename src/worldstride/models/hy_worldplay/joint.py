@@ -14,17 +14,14 @@ from torch import Tensor
 
 from worldstride.attention import Attend
 from worldstride.attention.streams import Places
-from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import integer_from
 from worldstride.models.hy_worldplay import cost, given
-from worldstride.models.hy_worldplay.adapter import SHIFT, SINK, WINDOW
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
-from worldstride.models.hy_worldplay.model import Frames, HYNetwork
-from worldstride.models.hy_worldplay.placed import STABLE, Placed
+from worldstride.models.hy_worldplay.large import SINK, WINDOW, Large
+from worldstride.models.hy_worldplay.model import Frames
+from worldstride.models.hy_worldplay.placed import STABLE
 from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.retrieval import distances
 from worldstride.models.hy_worldplay.text import NEGATIVE, Prompt
-from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 
 NEW, CLIP = 16, 4
 """Latents of a chunk, and of each of the clips that its four queries may bring back."""
@@ -72,36 +69,10 @@ class JointInputs:
     prompt: Prompt
 
 
-class HYJoint(Placed):
-    """`WorldModel` of the bidirectional model: chunks of 16 latents, 50 guided steps.
-
-    Its text has no place, so worlds had best begin near the origin, looking ahead, as those it was trained on do.
-    """
+class HYJoint(Large):
+    """`WorldModel` of the bidirectional model: chunks of 16 latents, guided."""
 
     new = NEW
-
-    def __init__(
-        self, network: HYNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 50,
-        guidance: float | None = 6.0,
-    ) -> None:  # fmt: skip
-        """A model that makes frames of the decoder's size.
-
-        Args:
-            network: the transformer.
-            decoder: the VAE at a frame size that 16 divides.
-            storage: precision of latents between steps (bfloat16 upstream).
-            steps: solver steps at full compute.
-            guidance: scale of classifier-free guidance; prompts then need negative states, too.
-        """
-        grid = (decoder.size[0] // 16, decoder.size[1] // 16)
-        super().__init__(network.config, decoder, network.enter.weight, grid)
-        self.network, self.config = network, network.config
-        self.storage, self.steps, self.guidance = storage, steps, guidance
-        self.latent_shape = (self.config.channels, *grid)
-
-    def compile_passes(self) -> None:
-        """Compile what stands around attention in the blocks, for any number of tokens; the decoder is not compiled."""
-        self.network.compile_passes()
 
     def chunk(self, k: int) -> ChunkShape:
         """16 latents: 61 frames in the first chunk, 64 in others. The context is the first clip, the last 12 latents,
@@ -109,13 +80,6 @@ class HYJoint(Placed):
         frames, last = (61, tuple(range(0, 61, 4))) if k == 0 else (64, None)
         memory = NEW // self.retrieval.query * CLIP  # each query names a clip
         return ChunkShape(NEW, frames, window=WINDOW, memory=memory, sink=SINK, clip=CLIP, last_frames=last)
-
-    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
-        """Euler on a schedule shifted by 5."""
-        steps = self.steps if steps is None else steps
-        integer_from("steps", steps, 1)
-        sigmas = shifted_sigmas(steps, SHIFT if shift is None else shift)
-        return SamplerSpec(sigmas, storage=self.storage, guidance=self.guidance)
 
     def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> JointPrompt:
         """Encoder states "text" [1, L, ...], "glyphs" [1, G, ...] and "vision" [1, V, ...] without masked rows.
@@ -129,10 +93,6 @@ class HYJoint(Placed):
         for branch in branches:
             branch.check(self.config)
         return JointPrompt(branches, prompt.get("image"))
-
-    def sample_prompt(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """States of 200 tokens of text, no glyphs, and an image."""
-        return given.sampled(self.config, self.guidance is not None, generator)
 
     def recall(
         self, cameras: Tensor, coming: Tensor, points: Tensor, candidates: Sequence[int], count: int

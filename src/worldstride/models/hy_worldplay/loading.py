@@ -16,6 +16,7 @@ from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.joint import HYJoint
 from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
+from worldstride.models.hy_worldplay.vae_layers import laid_out
 from worldstride.models.hy_worldplay.weights import build, filled
 from worldstride.models.shards import Shards, find, read_json
 
@@ -92,7 +93,7 @@ def random_model(
         draw(module, torch.Generator(device).manual_seed(seed + i))
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
     kind, steps, guidance = VARIANTS[variant]
-    decoder = VideoDecoder(codec.channels_last().eval(), height, width)
+    decoder = VideoDecoder(laid_out(codec).eval(), height, width)
     return kind(network.eval(), decoder, storage, steps, guidance)
 
 
@@ -112,7 +113,7 @@ def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoV
     config = folder / "config.json"
     settings = VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig()
     vae = filled(lambda: VideoVAE(settings), None, tensors, str(folder), "VAE of its configuration", device, dtype)
-    return vae.channels_last().eval(), tensors.fingerprint()
+    return laid_out(vae).eval(), tensors.fingerprint()
 
 
 def published(folder: Path, origin: str) -> Shards:

@@ -17,6 +17,7 @@ from worldstride.errors import InputError, did_you_mean, integer_from, number_in
 from worldstride.models.hy_worldplay.vae_layers import (
     CausalConv,
     ChannelNorm,
+    Codec,
     Downsample,
     Memory,
     Middle,
@@ -26,7 +27,6 @@ from worldstride.models.hy_worldplay.vae_layers import (
     check_clip,
     check_stream,
     group_means,
-    lay_out,
 )
 
 _IGNORED = ("sample_size", "sample_tsize", "shift_factor")
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x), inplace=True), memory)
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(Codec):
     """Frames in [-1, 1] to latents and back. Computes in the precision of its weights."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -235,11 +235,6 @@ class VideoVAE(nn.Module):
         channels = self.config.latent_channels
         return (0.0,) * channels, (1 / self.config.scaling_factor,) * channels
 
-    def channels_last(self) -> VideoVAE:
-        """See `vae_layers.lay_out`."""
-        lay_out(self)
-        return self
-
     def decode(self, z: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents z [B, C, T, h, w] and the state after the ones before -> frames [B, 3, F, 16 h, 16 w], new state.
 
@@ -250,10 +245,6 @@ class VideoVAE(nn.Module):
         memory = Memory(state)
         frames = self.decoder(z.to(self.decoder.conv_in.conv.weight.dtype), memory)
         return frames, memory.kept
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Frames [B, 3, 1 + 4 k, H, W] in [-1, 1] -> means of latents [B, C, 1 + k, H / 16, W / 16]"""
-        return self.moments(frames)[0]
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each [B, C, 1 + k, H / 16, W / 16], of latents of frames [B, 3, 1 + 4 k, H, W]"""

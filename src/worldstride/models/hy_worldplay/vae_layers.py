@@ -6,7 +6,9 @@ attention and shuffles work along channels. A frame here is one time step of wha
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from worldstride.errors import InputError
 
+Laid = TypeVar("Laid", bound=nn.Module)
 PAST = 2
 """Frames before a frame that a convolution sees."""
 
@@ -75,8 +78,8 @@ def check_clip(frames: Tensor, channels: int, space: int, time: int) -> None:
         raise InputError(f"frames must be multiples of {space} pixels high and wide, got {shape[3]} x {shape[4]}")
 
 
-def lay_out(network: nn.Module) -> None:
-    """Lay convolutions' weights out in memory as activations lie, in place: saves a GPU turning them around.
+def laid_out(network: Laid) -> Laid:
+    """The network, its convolutions' weights laid out in memory as activations lie: saves a GPU turning them around.
 
     `to(memory_format=...)` cannot, for the norms' weights have four dimensions.
     """
@@ -84,6 +87,19 @@ def lay_out(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.ndim])
+    return network
+
+
+class Codec(nn.Module):
+    """A VAE that is played with."""
+
+    @abstractmethod
+    def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each [B, C, 1 + k, H / 16, W / 16], of latents of frames [B, 3, 1 + 4 k, H, W]"""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames [B, 3, 1 + 4 k, H, W] in [-1, 1] -> means of latents [B, C, 1 + k, H / 16, W / 16]"""
+        return self.moments(frames)[0]
 
 
 class ChannelNorm(nn.Module):

@@ -12,6 +12,7 @@ from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.encoder_files import WAN
 from worldstride.models.hy_worldplay.loading import EightB, draw, load_hy_worldplay, published
+from worldstride.models.hy_worldplay.vae_layers import laid_out
 from worldstride.models.hy_worldplay.wan import WanConfig, WanNetwork
 from worldstride.models.hy_worldplay.wan_adapter import WanWorldPlay
 from worldstride.models.hy_worldplay.wan_vae import WanVAE, WanVAEConfig
@@ -85,7 +86,7 @@ def random_wan(
 
 def _model(network: WanNetwork, vae: WanVAE, dtype: torch.dtype, height: int, width: int) -> WanWorldPlay:
     storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    return WanWorldPlay(network.eval(), VideoDecoder(vae.channels_last().eval(), height, width), storage)
+    return WanWorldPlay(network.eval(), VideoDecoder(laid_out(vae).eval(), height, width), storage)
 
 
 def _root(path: Path | None) -> Path:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from worldstride.errors import InputError, did_you_mean, integer_from
 from worldstride.models.hy_worldplay.vae_layers import (
     ChannelNorm,
+    Codec,
     Memory,
     carried,
     check_clip,
     check_stream,
-    lay_out,
 )
 from worldstride.models.hy_worldplay.wan_vae_layers import (
     Downsampler,
@@ -231,7 +231,7 @@ class WanDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x), inplace=True), memory)
 
 
-class WanVAE(nn.Module):
+class WanVAE(Codec):
     """Frames in [-1, 1] to latents and back. Computes in the precision of its weights."""
 
     def __init__(self, config: WanVAEConfig) -> None:
@@ -248,11 +248,6 @@ class WanVAE(nn.Module):
         c = self.config
         return c.latents_mean or (0.0,) * c.z_dim, c.latents_std or (1.0,) * c.z_dim
 
-    def channels_last(self) -> WanVAE:
-        """See `vae_layers.lay_out`."""
-        lay_out(self)
-        return self
-
     def decode(self, z: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents z [B, C, T, h, w] and the state after the ones before -> frames [B, 3, F, 16 h, 16 w], new state.
 
@@ -265,10 +260,6 @@ class WanVAE(nn.Module):
         side = self.config.patch_size
         cells = patches.unflatten(1, (3, side, side)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, 3, F, H, row, W, column]
         return cells.flatten(5).flatten(3, 4), memory.kept
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Frames [B, 3, 1 + 4 k, H, W] in [-1, 1] -> means of latents [B, C, 1 + k, H / 16, W / 16]"""
-        return self.moments(frames)[0]
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each [B, C, 1 + k, H / 16, W / 16], of latents of frames [B, 3, 1 + 4 k, H, W]"""
