@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hy_golden import engine, golden, model, network
+from hy_golden import engine, golden, model, network, normal
 from worldstride import Acceleration, Engine
 from worldstride.acceleration import AttentionReuse, resolve, save_settings
 from worldstride.attention import Partial, attend, streams
 from worldstride.bench.plan import Plan, read_plan, record
+from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
 from worldstride.bench.structure_hy_worldplay import UpstreamStructure, UpstreamWorldPlay
 from worldstride.bench.walk import Way, out_and_back, walked, ways
 from worldstride.commands.bench import Bench
@@ -27,6 +28,7 @@ from worldstride.context.policy import TemporalWindow
 from worldstride.control import Action
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYContext
+from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.places import projections, rotary_table
 from worldstride.protocol import ChunkShape
@@ -60,6 +62,29 @@ def test_upstreams_structure_is_the_same_mathematics():
     assert far(evaluated(other), evaluated(network())) < 1e-5
     theirs, ours = (dict(of.named_parameters()) for of in (other, network()))
     assert all(theirs[name].data_ptr() == ours[name].data_ptr() for name in ours)
+
+
+def test_upstreams_decoder_makes_the_same_frames():
+    """Chunk after chunk, whatever its layout; and the model's own decoder stays as it was."""
+    ours = model().decoder
+    before = [type(m) for m in ours.vae.modules()]
+    theirs, states = UpstreamDecoder(ours), [dict[str, Tensor](), dict[str, Tensor]()]
+    for i in range(3):
+        z, frames = normal(1, 4, *golden_latent(ours), seed=i), list[Tensor]()
+        for k, decoder in enumerate((ours, theirs)):
+            made, states[k] = decoder.decode(z, states[k])
+            frames.append(made)
+        assert (frames[0].int() - frames[1].int()).abs().max() <= 1
+        assert frames[0].float().std() > 1
+    assert [type(m) for m in ours.vae.modules()] == before
+    weights = dict(ours.vae.named_parameters())
+    for name, parameter in theirs.vae.named_parameters():
+        assert torch.equal(parameter, weights[name])
+        assert parameter.is_contiguous() or name.startswith("encoder.")
+
+
+def golden_latent(decoder: VideoDecoder) -> tuple[int, int, int]:
+    return decoder.vae.config.latent_channels, decoder.size[0] // 16, decoder.size[1] // 16  # type: ignore[attr-defined]
 
 
 def test_attention_kept_from_an_evaluation_is_that_evaluations():

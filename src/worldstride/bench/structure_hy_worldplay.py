@@ -4,12 +4,12 @@ The same weights and the same mathematics, but (specification, section 6, a to h
 tables built on the host in every forward and sent to the device again in every block, camera matrices for every token,
 queries, keys and values projected apart, keys and values concatenated twice a block and step, both streams' context
 stored, the last block of the context pass computed in full, layer norms left in float32, torch's default attention,
-latents decoded one by one.
+and a decoder of that kind (`structure_hunyuan_vae`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
+from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
 from worldstride.models.hy_worldplay import places
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.layers import merged, rms_norm
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork, VideoBlock
 
@@ -116,22 +116,10 @@ def _mapped(x: Tensor, matrices: Tensor) -> Tensor:
     return torch.einsum("bnij,bhnpj->bhnpi", matrices, parts).flatten(-2).to(x.dtype)
 
 
-class UpstreamDecoder(VideoDecoder):
-    """Decodes latent after latent."""
-
-    def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `VideoDecoder.decode`."""
-        frames, after = list[Tensor](), dict(state)
-        for latent in latents.split(1, 1):
-            part, after = super().decode(latent, after)
-            frames.append(part)
-        return torch.cat(frames, 1), after
-
-
 class UpstreamWorldPlay(HYWorldPlay):
     """The model in upstream's structure."""
 
     def __init__(self, model: HYWorldPlay) -> None:
-        decoder = UpstreamDecoder(model.decoder.vae, *model.decoder.size)
+        decoder = UpstreamDecoder(model.decoder)
         network = UpstreamStructure(model.network)
         super().__init__(network, decoder, model.storage, model.steps, model.guidance)
