@@ -41,7 +41,7 @@ class UpstreamStructure(HYNetwork):
         x, about = self._entered(frames)
         tables = self._tables(frames, 0)
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
-        for block, words in zip(self._video_blocks(), text, strict=True):
+        for block, words in zip(self._blocks(), text, strict=True):
             x, own = _block(block, x, tokens, frames.at, tables, words, None)
             yield own
 
@@ -54,7 +54,7 @@ class UpstreamStructure(HYNetwork):
         tables = self._tables(frames, 0 if where is None else where.latents)
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
         past = [pieces[0] for pieces in context] or [None] * len(self.video)
-        for block, words, kept in zip(self._video_blocks(), text, past, strict=True):
+        for block, words, kept in zip(self._blocks(), text, past, strict=True):
             x, _ = _block(block, x, tokens, frames.at, tables, words, kept)
         return self._left(x, about, frames)
 

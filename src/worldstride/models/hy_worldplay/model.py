@@ -6,7 +6,7 @@ they are attended to, so that what is kept of a latent stays true when the windo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,15 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend, Partial, of_layer, streams
-from worldstride.attention.streams import KeysValues, Pieces, Places
-from worldstride.models.hy_worldplay import two_streams
+from worldstride.attention import Attend, streams
+from worldstride.attention.streams import KeysValues, Places
+from worldstride.models.hy_worldplay.cached import CachedNetwork, Rows
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
 from worldstride.models.hy_worldplay.text import Prompt, TextBlock, TextEntry
-
-Rows = tuple[Tensor, ...]
-"""Shift, scale and gate of attention, then of the MLP: six times [B, T, width]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +58,7 @@ class VideoBlock(nn.Module):
         return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
 
 
-class HYNetwork(nn.Module):
+class HYNetwork(CachedNetwork[Frames]):
     """Stateless: `text`, `context`, `velocity`, and `joint` for models that know no cache."""
 
     def __init__(self, config: HYConfig) -> None:
@@ -76,7 +73,7 @@ class HYNetwork(nn.Module):
         self.video = nn.ModuleList(VideoBlock(config) for _ in range(config.depth))
         self.words = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
         self.final, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, config.channels)
-        self.begin: Callable[..., tuple[Rows, tuple[Tensor, Tensor, Tensor]]] = VideoBlock.begin
+        self.begin = VideoBlock.begin
         self.end: Callable[..., Tensor] = VideoBlock.end
         """What computes a block before and after attention; compiled functions may stand in for them."""
 
@@ -97,43 +94,6 @@ class HYNetwork(nn.Module):
                 x = block.end(x, attend(q, k, v), rows)
         return written
 
-    def context(
-        self, frames: Frames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
-        where: Places | None = None,
-    ) -> Iterator[KeysValues]:  # fmt: skip
-        """Keys and values [B, heads, N, head_dim] of latents that see the text and each other, a pair a block.
-
-        They are without their places, and views of all that was projected. Latents see others' `past`, too, a block's
-        pieces each, at places `where`.
-        """
-        x, about = self._entered(frames)
-        seen = past or [()] * len(self.video)
-        for i, (block, words, kept) in enumerate(zip(self._video_blocks(), text, seen, strict=True)):
-            rows, (q, k, v) = self.begin(block, x, about)
-            yield k, v
-            if i + 1 < len(self.video):  # the last block's tokens go nowhere
-                how = of_layer(attend, i, "context")
-                both = two_streams.of_context(q, (k, v), frames.at, words, kept, where, how)
-                x = self.end(block, x, both, rows)
-
-    def velocity(
-        self, frames: Frames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,
-        attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
-    ) -> Tensor:  # fmt: skip
-        """Velocity [B, T, channels, h, w] against text and a context, a block's pieces each, at places `where`.
-
-        A list given as `outer` is filled with every block's attention to text and context, which a later evaluation
-        takes as `reused` in place of both.
-        """
-        x, about = self._entered(frames)
-        past = context or [()] * len(self.video)
-        for i, (block, words, kept) in enumerate(zip(self.video, text, past, strict=True)):
-            rows, (q, k, v) = self.begin(block, x, about)
-            how, own, known = of_layer(attend, i, "chunk"), (k, v), reused[i] if reused else None
-            both = two_streams.of_chunk(q, own, frames.at, words, kept, where, how, outer, known)
-            x = self.end(block, x, both, rows)
-        return self._left(x, about, frames)
-
     def joint(self, frames: Frames, prompt: Prompt, level: float, attend: Attend) -> Tensor:
         """Velocity where text and video attend to each other in every evaluation; the text is at noise level `level`.
 
@@ -143,7 +103,7 @@ class HYNetwork(nn.Module):
         x, about = self._entered(frames)
         now = torch.full((1,), level, device=x.device)
         y, meaning = self.prompt(prompt, now, attend).expand(len(x), -1, -1), self.level(now)
-        for block, words in zip(self._video_blocks(), self._text_blocks(), strict=True):
+        for block, words in zip(self._blocks(), self._text_blocks(), strict=True):
             rows, (q, k, v) = self.begin(block, x, about)
             told, (text_q, text_k, text_v) = words.begin(y, meaning)
             keys, values = streams.of_keys(k, v, frames.at)
@@ -153,17 +113,27 @@ class HYNetwork(nn.Module):
             x = self.end(block, x, both, rows)
         return self._left(x, about, frames)
 
-    def _video_blocks(self) -> Sequence[VideoBlock]:
+    def _blocks(self) -> Sequence[VideoBlock]:
         return cast("Sequence[VideoBlock]", self.video)
 
     def _text_blocks(self) -> Sequence[TextBlock]:
         return cast("Sequence[TextBlock]", self.words)
 
     def _entered(self, frames: Frames) -> tuple[Tensor, Tensor]:
-        """Tokens [B, N, width] and what latents' levels and actions are embedded as [B, T, width]."""
         planes = torch.cat([frames.x, frames.condition], 2).to(self.enter.weight.dtype)
         x = self.enter(planes.flatten(3).mT.flatten(1, 2))
         return x, self.level(frames.levels) + self.action(frames.labels)
+
+    def _modulating(self, about: Tensor) -> Tensor:
+        return about
+
+    def _seen(self, words: KeysValues) -> KeysValues:
+        return words
+
+    def _through(
+        self, block: VideoBlock, x: Tensor, rows: Rows, both: Tensor, words: KeysValues, attend: Attend
+    ) -> Tensor:
+        return self.end(block, x, both, rows)
 
     def _left(self, x: Tensor, about: Tensor, frames: Frames) -> Tensor:
         shift, scale = self.final(F.silu(about)).chunk(2, -1)

@@ -24,8 +24,7 @@ def of_context(
     """
     if past:
         return _attended(q, own, at, text, past, where, attend)
-    keys = streams.every_key(text or _none(own, 1), (own,), at, _none(own), at)
-    return streams.back(_attend(attend, streams.of_queries(q, at), keys, own[0].shape[2], among=True), at)
+    return _attended(q, _none(own), at, text, (own,), at, attend, among=True)
 
 
 def of_chunk(
@@ -53,10 +52,11 @@ def of_chunk(
 
 def _attended(
     q: Tensor, own: KeysValues, at: Places, text: KeysValues | None, context: Pieces, where: Places | None,
-    attend: Attend,
+    attend: Attend, among: bool = False,
 ) -> Tensor:  # fmt: skip
     keys = streams.every_key(text or _none(own, 1), context, where, own, at)
-    return streams.back(_attend(attend, streams.of_queries(q, at), keys, streams.tokens_of(context)), at)
+    made = _attend(attend, streams.of_queries(q, at), keys, streams.tokens_of(context), among=among)
+    return streams.back(made, at)
 
 
 @overload

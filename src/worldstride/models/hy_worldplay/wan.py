@@ -8,7 +8,7 @@ values of context latents are kept before any place is given to them, as `model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend, Partial, of_layer
-from worldstride.attention.streams import KeysValues, Pieces, Places
+from worldstride.attention import Attend
+from worldstride.attention.streams import KeysValues, Places
 from worldstride.errors import InputError, did_you_mean, integer_from, number_in
-from worldstride.models.hy_worldplay import two_streams
+from worldstride.models.hy_worldplay.cached import CachedNetwork, Rows
 from worldstride.models.hy_worldplay.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated, rms_norm
 
 PATCH = 2
@@ -38,9 +38,6 @@ _READ = {
 }  # fmt: skip
 _IDLE = {"rope_max_seq_len"}
 """Entries that change nothing in the network."""
-
-Rows = tuple[Tensor, ...]
-"""Shift, scale and gate of self-attention, then of the MLP: six times [B, T, width]."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ class WanBlock(nn.Module):
         return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
 
 
-class WanNetwork(nn.Module):
+class WanNetwork(CachedNetwork[WanFrames]):
     """Stateless: `text`, `context`, `velocity`."""
 
     def __init__(self, config: WanConfig) -> None:
@@ -194,7 +191,7 @@ class WanNetwork(nn.Module):
         self.prompt = nn.Sequential(nn.Linear(config.text, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.depth))
         self.table = nn.Parameter(torch.zeros(1, 2, width))
-        self.begin: Callable[..., tuple[Rows, tuple[Tensor, Tensor, Tensor]]] = WanBlock.begin
+        self.begin = WanBlock.begin
         self.ask: Callable[..., tuple[Tensor, Tensor]] = WanBlock.ask
         self.end: Callable[..., Tensor] = WanBlock.end
         """What computes a block around its two attentions; compiled functions may stand in for them."""
@@ -214,58 +211,30 @@ class WanNetwork(nn.Module):
         words = self.prompt(states.to(self.enter.weight))
         return [block.words.of_text(words) for block in self._blocks()]
 
-    def context(
-        self, frames: WanFrames, text: Sequence[KeysValues], attend: Attend, past: Sequence[Pieces] = (),
-        where: Places | None = None,
-    ) -> Iterator[KeysValues]:  # fmt: skip
-        """See `HYNetwork.context`; the text is asked apart from other latents."""
-        x, _, level = self._entered(frames)
-        seen = past or [()] * len(self.blocks)
-        for i, (block, words, kept) in enumerate(zip(self._blocks(), text, seen, strict=True)):
-            rows, (q, k, v) = self.begin(block, x, level)
-            yield k, v
-            if i + 1 < len(self.blocks):  # the last block's tokens go nowhere
-                how = of_layer(attend, i, "context")
-                both = two_streams.of_context(q, (k, v), frames.at, None, kept, where, how)
-                x = self._through(block, x, rows, both, words, attend)
-
-    def velocity(
-        self, frames: WanFrames, text: Sequence[KeysValues], context: Sequence[Pieces], where: Places | None,
-        attend: Attend, outer: list[Partial] | None = None, reused: Sequence[Partial] = (),
-    ) -> Tensor:  # fmt: skip
-        """Velocity [B, T, channels, h, w] against text and a context, a block's pieces each, at places `where`.
-
-        A list given as `outer` is filled with every block's attention to the context, which a later evaluation takes
-        as `reused` in its place; attention to the text is always computed.
-        """
-        x, about, level = self._entered(frames)
-        past = context or [()] * len(self.blocks)
-        for i, (block, words, kept) in enumerate(zip(self._blocks(), text, past, strict=True)):
-            rows, (q, k, v) = self.begin(block, x, level)
-            how, own, known = of_layer(attend, i, "chunk"), (k, v), reused[i] if reused else None
-            both = two_streams.of_chunk(q, own, frames.at, None, kept, where, how, outer, known)
-            x = self._through(block, x, rows, both, words, attend)
-        return self._left(x, about, frames)
-
     def _blocks(self) -> Sequence[WanBlock]:
         return cast("Sequence[WanBlock]", self.blocks)
 
     def _through(
-        self, block: WanBlock, x: Tensor, rows: Rows, both: Tensor, text: KeysValues, attend: Attend
+        self, block: WanBlock, x: Tensor, rows: Rows, both: Tensor, words: KeysValues, attend: Attend
     ) -> Tensor:
-        """x [B, N, width] after self-attention's result [B, N, 2 width], the text and the MLP."""
         x, q = self.ask(block, x, both, rows)
-        k, v = (t.expand(len(q), -1, -1, -1) for t in text)
+        k, v = (t.expand(len(q), -1, -1, -1) for t in words)
         return self.end(block, x, attend(q, k, v), rows)
 
-    def _entered(self, frames: WanFrames) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, N, width], levels and actions embedded [B, T, width], and the rows of that [B, T, 6, width]."""
+    def _modulating(self, about: Tensor) -> Tensor:
+        """[B, T, 6, width]"""
+        return self.rows(F.silu(about)).unflatten(-1, (6, -1))
+
+    def _seen(self, words: KeysValues) -> None:
+        return None
+
+    def _entered(self, frames: WanFrames) -> tuple[Tensor, Tensor]:
         if any(n % PATCH for n in frames.x.shape[3:]):
             raise InputError(f"latents must have even numbers of rows and columns, got {list(frames.x.shape[3:])}")
         patches = frames.x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # [B, T, C, H, 2, W, 2]
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T H W, 4 C]
         about = self.level(frames.levels) + self.action(frames.labels)
-        return self.enter(patches.to(self.enter.weight.dtype)), about, self.rows(F.silu(about)).unflatten(-1, (6, -1))
+        return self.enter(patches.to(self.enter.weight.dtype)), about
 
     def _left(self, x: Tensor, about: Tensor, frames: WanFrames) -> Tensor:
         shift, scale = (about[:, :, None] + self.table).unbind(2)
