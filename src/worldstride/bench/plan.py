@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worldstride.acceleration import Acceleration
+from worldstride.context.selection import bounded
 from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError, number_in
@@ -39,7 +40,7 @@ class Plan:
             return settings
         if chunk >= len(self.shares):
             raise InputError(f"the plan is of {len(self.shares)} chunks, and chunk {chunk} is to be played")
-        longest = shape.window if settings.window is None else min(shape.window, settings.window)
+        longest = bounded(shape.window, settings.window)
         multiple = settings.temporal.multiple
         window = max(multiple, round(self.shares[chunk] * longest / multiple) * multiple)
         return replace(settings, temporal=None, window=min(window, longest))
@@ -52,8 +53,7 @@ def record(engine: Engine, settings: Acceleration, actions: Sequence[Action], se
     session, shares = engine.sample(seed), list[float]()
     session.acceleration = settings
     for chunk, action in enumerate(actions):
-        held, longest = len(session.history), engine.model.chunk(chunk).window
-        longest = longest if settings.window is None else min(longest, settings.window)
+        held, longest = len(session.history), bounded(engine.model.chunk(chunk).window, settings.window)
         report = session.step(action).report
         whole = held <= longest and len(report.context.window) == held
         shares.append(1.0 if whole else len(report.context.window) / longest)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
@@ -17,7 +17,7 @@ from worldstride.models.hy_worldplay.joint import HYJoint
 from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.vae_layers import laid_out
-from worldstride.models.hy_worldplay.weights import build, filled
+from worldstride.models.hy_worldplay.weights import Network, build, filled
 from worldstride.models.shards import Shards, find, read_json
 
 HEIGHT, WIDTH = 480, 832
@@ -76,8 +76,7 @@ def load_hy_worldplay(
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     whole = hashlib.sha256(f"{tensors.fingerprint()} {config} {mark} {vae.config}".encode()).hexdigest()
-    storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    return kind(network, VideoDecoder(vae, HEIGHT, WIDTH), storage, steps, guidance), whole
+    return kind(network, VideoDecoder(vae, HEIGHT, WIDTH), storage_of(dtype), steps, guidance), whole
 
 
 def random_model(
@@ -85,20 +84,24 @@ def random_model(
     width: int = WIDTH, seed: int = 0, variant: str = next(iter(VARIANTS)),
 ) -> EightB:  # fmt: skip
     """One of `VARIANTS` with seeded random weights, drawn on the device: for speed and memory, never for quality."""
-    with torch.device("meta"):
-        network, codec = HYNetwork(config).requires_grad_(False), VideoVAE(vae).requires_grad_(False)
-    for i, module in enumerate((network, codec)):
-        module.to_empty(device=device)
-        module.to(dtype)
-        draw(module, torch.Generator(device).manual_seed(seed + i))
-    storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
+    network = drawn(lambda: HYNetwork(config), device, dtype, seed)
+    codec = laid_out(drawn(lambda: VideoVAE(vae), device, dtype, seed + 1))
     kind, steps, guidance = VARIANTS[variant]
-    decoder = VideoDecoder(laid_out(codec).eval(), height, width)
-    return kind(network.eval(), decoder, storage, steps, guidance)
+    return kind(network, VideoDecoder(codec, height, width), storage_of(dtype), steps, guidance)
 
 
-def draw(module: nn.Module, generator: torch.Generator) -> None:
-    """Weights whose products keep the size of what they are given; norms begin at one, biases at nothing."""
+def storage_of(dtype: torch.dtype) -> torch.dtype:
+    """Precision of latents between steps for a network of some precision: bfloat16 in half precision, as upstream."""
+    return torch.bfloat16 if dtype != torch.float32 else torch.float32
+
+
+def drawn(make: Callable[[], Network], device: torch.device, dtype: torch.dtype, seed: int) -> Network:
+    """A network with weights whose products keep the size of what they are given, drawn on the device; norms begin at
+    one, biases at nothing."""
+    with torch.device("meta"):
+        module = make().requires_grad_(False)
+    module.to(dtype).to_empty(device=device)  # in this order no second copy in float32 is ever held
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -106,6 +109,7 @@ def draw(module: nn.Module, generator: torch.Generator) -> None:
             parameter.fill_(1)
         else:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    return module.eval()
 
 
 def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoVAE, str]:
@@ -113,7 +117,7 @@ def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoV
     config = folder / "config.json"
     settings = VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig()
     vae = filled(lambda: VideoVAE(settings), None, tensors, str(folder), "VAE of its configuration", device, dtype)
-    return laid_out(vae).eval(), tensors.fingerprint()
+    return laid_out(vae), tensors.fingerprint()
 
 
 def published(folder: Path, origin: str) -> Shards:

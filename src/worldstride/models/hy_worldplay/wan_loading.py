@@ -11,7 +11,7 @@ import torch
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.encoder_files import WAN
-from worldstride.models.hy_worldplay.loading import EightB, draw, load_hy_worldplay, published
+from worldstride.models.hy_worldplay.loading import EightB, drawn, load_hy_worldplay, published, storage_of
 from worldstride.models.hy_worldplay.vae_layers import laid_out
 from worldstride.models.hy_worldplay.wan import WanConfig, WanNetwork
 from worldstride.models.hy_worldplay.wan_adapter import WanWorldPlay
@@ -76,17 +76,12 @@ def random_wan(
     width: int = WIDTH, seed: int = 0,
 ) -> WanWorldPlay:  # fmt: skip
     """A model with seeded random weights, drawn on the device: for speed and memory, never for quality."""
-    with torch.device("meta"):
-        network, codec = WanNetwork(config).requires_grad_(False), WanVAE(vae).requires_grad_(False)
-    for i, module in enumerate((network, codec)):
-        module.to(dtype).to_empty(device=device)  # in this order no second copy in float32 is ever held
-        draw(module, torch.Generator(device).manual_seed(seed + i))
-    return _model(network, codec, dtype, height, width)
+    network = drawn(lambda: WanNetwork(config), device, dtype, seed)
+    return _model(network, drawn(lambda: WanVAE(vae), device, dtype, seed + 1), dtype, height, width)
 
 
 def _model(network: WanNetwork, vae: WanVAE, dtype: torch.dtype, height: int, width: int) -> WanWorldPlay:
-    storage = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    return WanWorldPlay(network.eval(), VideoDecoder(laid_out(vae).eval(), height, width), storage)
+    return WanWorldPlay(network, VideoDecoder(laid_out(vae), height, width), storage_of(dtype))
 
 
 def _root(path: Path | None) -> Path:

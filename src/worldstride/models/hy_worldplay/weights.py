@@ -124,7 +124,7 @@ def filled(
     if wrong:
         raise CheckpointError(f"{origin}: {len(wrong)} tensors do not fit the configuration; first {wrong[0]}")
     network.load_state_dict(made, assign=True)
-    return network
+    return network.eval()
 
 
 def _listed(names: list[str]) -> str:
