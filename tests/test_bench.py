@@ -12,7 +12,7 @@ import worldstride
 from worldstride.acceleration import resolve
 from worldstride.bench.environment import environment
 from worldstride.bench.results import plain, quantile, write_json
-from worldstride.bench.rollout import STAGES, measure
+from worldstride.bench.rollout import STAGES, Share, measure
 from worldstride.cli import main
 from worldstride.errors import InputError
 
@@ -49,6 +49,28 @@ def test_accelerations_take_turns() -> None:
     assert [row["evaluations_per_chunk"] for row in rows] == [4, 2]
     with pytest.raises(InputError, match="got 0, 0 and 1"):
         measure(engine, [resolve("off")], 0, 0)
+
+
+def test_a_session_answers_for_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sessions on a GPU whose weights take 100: one keeps 10 and needs 5 for a moment, the other 40 and 30."""
+    state = {"now": 100, "most": 0}
+
+    def reset(device: torch.device) -> None:
+        state["most"] = state["now"]
+
+    def step(keeps: int, passing: int) -> None:
+        state["most"] = max(state["most"], state["now"] + keeps + passing)
+        state["now"] += keeps
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    one, two = (Share(torch.device("cuda"), held=100) for _ in range(2))
+    for share, keeps, passing in ((one, 10, 5), (two, 40, 30), (one, 0, 5), (two, -20, 30)):
+        with share.used():
+            step(keeps, passing)
+    assert (one.peak, two.peak) == (115, 170)
+    assert (one.held, two.held) == (110, 120)
 
 
 def test_bench_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:

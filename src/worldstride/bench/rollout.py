@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -17,6 +19,7 @@ from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError, WorldstrideError
 from worldstride.report import ChunkReport, densities
+from worldstride.session import Session
 
 STAGES = ("control", "select", "fetch", "context", "denoise", "core", "decode", "total")
 """Stages of a step, as a chunk's report times them; "core" is context and denoising together."""
@@ -49,32 +52,55 @@ def measure(
 ) -> list[dict[str, object]]:  # fmt: skip
     """One row an acceleration: times of the stages, speed, context and (on a GPU) peak memory.
 
-    Each acceleration plays its own session of the same world; `warmup` chunks are played first and not counted.
-    `advance` is called after every step.
+    Each acceleration plays its own session of the same world; `warmup` chunks are played first and not counted, but
+    in peak memory, which is of weights and one session as if no other were there. `advance` is called after every step.
     """
     if chunks < 1 or warmup < 0 or not accelerations:
         got = f"{chunks}, {warmup} and {len(accelerations)}"
         raise InputError(f"a benchmark needs chunks >= 1, warmup >= 0 and at least one acceleration, got {got}")
-    sessions = [engine.sample(seed) for _ in accelerations]
-    for session, settings in zip(sessions, accelerations, strict=True):
-        session.acceleration = settings
+    sessions, memory = list[Session](), _memory(engine.device, len(accelerations))
+    for settings, share in zip(accelerations, memory, strict=True):
+        with share.used():
+            sessions.append(engine.sample(seed))
+        sessions[-1].acceleration = settings
     reports: list[list[ChunkReport]] = [[] for _ in sessions]
-    peaks = [0] * len(sessions)
-    gpu = engine.device.type == "cuda"
     for k in range(warmup + chunks):
-        for i, session in enumerate(sessions):
-            if gpu:
-                torch.cuda.reset_peak_memory_stats(engine.device)
-            report = session.step(_MOVES[k % len(_MOVES)]).report
-            if gpu:
-                peaks[i] = max(peaks[i], torch.cuda.max_memory_allocated(engine.device))
+        for i, (session, share) in enumerate(zip(sessions, memory, strict=True)):
+            with share.used():
+                report = session.step(_MOVES[k % len(_MOVES)]).report
             if k >= warmup:
                 reports[i].append(report)
             advance()
     return [
-        {"name": a.name, "acceleration": a.to_json(), **summary(r), "gpu_peak_bytes": peak or None}
-        for a, r, peak in zip(accelerations, reports, peaks, strict=True)
+        {"name": a.name, "acceleration": a.to_json(), **summary(r), "gpu_peak_bytes": share.peak}
+        for a, r, share in zip(accelerations, reports, memory, strict=True)
     ]
+
+
+@dataclass
+class Share:
+    """Memory of a GPU that one of several sessions takes, with what was there before any."""
+
+    device: torch.device
+    held: int = 0
+    peak: int | None = None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Counts what is allocated inside as this session's, and leaves out what others hold meanwhile."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self.peak = max(self.peak or 0, self.held + torch.cuda.max_memory_allocated(self.device) - before)
+        self.held += torch.cuda.memory_allocated(self.device) - before
+
+
+def _memory(device: torch.device, sessions: int) -> list[Share]:
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return [Share(device, held) for _ in range(sessions)]
 
 
 class Speed(TypedDict):
