@@ -13,8 +13,6 @@ from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.models.hy_worldplay import cost, given, two_streams
 from worldstride.models.hy_worldplay.large import SINK, WINDOW, Large
 from worldstride.models.hy_worldplay.model import Frames
-from worldstride.models.hy_worldplay.placed import STABLE
-from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.text import NEGATIVE
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 
@@ -129,11 +127,9 @@ class HYWorldPlay(ReusesOuter, Large):
     def prepare(self, conditions: Conditions) -> tuple[HYInputs, ...]:
         """Places, labels and the first image of the coming latents."""
         c = conditions
-        matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
-        prompt = self.prompt_of(c.encoded, HYPrompt)
-        numbers = self.numbered(c.led, c.cameras.shape[1])
-        condition = self._condition(c.cameras.shape[0], numbers, prompt)
-        of = (condition, self.sent(numbers), matrices)
+        prompt, numbers = self.prompt_of(c.encoded, HYPrompt), self.numbered(c.led, c.cameras.shape[1])
+        condition = self.conditioned(prompt.image, numbers, len(c.cameras))
+        of = (condition, self.sent(numbers), self.matrices(c.cameras, c.intrinsics))
         return tuple(HYInputs(*of, text, negative=i > 0) for i, text in enumerate(prompt.branches))
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
@@ -185,18 +181,7 @@ class HYWorldPlay(ReusesOuter, Large):
         """See `Costed.evaluation_flops`; attention to text is left out."""
         return cost.evaluation_flops(self.config, self._tokens, latents, context)
 
-    def clamp(self, x: Tensor, inputs: HYInputs) -> Tensor:
-        """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
-        return x
-
     def _frames(self, recalled: Recalled) -> tuple[Frames, tuple[tuple[KeysValues, ...], ...]]:
         """Remembered latents as the network takes them, and the texts that they see, one a guidance branch."""
-        x, prompt = recalled.latents.to(self.device), self.prompt_of(recalled.prompt, HYPrompt)
-        at, count = self.places_of(recalled), x.shape[1]
-        numbers = self.numbered(recalled.led or [0] * count, count)
-        condition, levels = self._condition(len(x), numbers, prompt), self.levels(STABLE / 1000, len(x), count)
-        return Frames(x, condition, levels, self.sent(numbers).expand(x.shape[:2]), at), prompt.branches
-
-    def _condition(self, batch: int, numbers: Sequence[int], prompt: HYPrompt) -> Tensor:
-        """The first image's latent and mask [B, T, C + 1, h, w] at the world's first latent, zeros elsewhere."""
-        return given.planes(prompt.image, numbers, batch, self.latent_shape, self.network.enter.weight)
+        prompt = self.prompt_of(recalled.prompt, HYPrompt)
+        return self.remembered(recalled, prompt.image), prompt.branches

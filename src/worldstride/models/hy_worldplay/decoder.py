@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from worldstride.errors import InputError
 
+_AT_ONCE = 4
+"""Latents decoded at once: more would need more memory at a time, and give the same frames."""
+
 
 class VideoCodec(Protocol):
     """A VAE of clips that decodes in a stream."""
@@ -53,7 +56,9 @@ class VideoDecoder:
 
     def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Decoder.decode`; latents [B, T, C, h, w]."""
-        z = (latents.float() * self._deviation + self._mean).to(self._weight.dtype).transpose(1, 2)
-        colours, after = self.vae.decode(z, state)
-        levels = (colours.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return levels.movedim(1, -1), after
+        levels, after = list[Tensor](), state
+        for some in latents.split(_AT_ONCE, 1):
+            z = (some.float() * self._deviation + self._mean).to(self._weight.dtype).transpose(1, 2)
+            colours, after = self.vae.decode(z, after)
+            levels.append((colours.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1))
+        return torch.cat(levels, 1), dict(after)

@@ -17,8 +17,6 @@ from worldstride.attention.streams import Places
 from worldstride.models.hy_worldplay import cost, given
 from worldstride.models.hy_worldplay.large import SINK, WINDOW, Large
 from worldstride.models.hy_worldplay.model import Frames
-from worldstride.models.hy_worldplay.placed import STABLE
-from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.retrieval import distances
 from worldstride.models.hy_worldplay.text import NEGATIVE, Prompt
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
@@ -120,22 +118,16 @@ class HYJoint(Large):
     def prepare(self, conditions: Conditions) -> tuple[JointInputs, ...]:
         """Places, labels and the first image of the coming latents."""
         c = conditions
-        matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
         prompt, numbers = self.prompt_of(c.encoded, JointPrompt), self.numbered(c.led, c.cameras.shape[1])
-        condition = given.planes(prompt.image, numbers, len(c.cameras), self.latent_shape, self.network.enter.weight)
-        of = (condition, self.sent(numbers), matrices)
+        condition = self.conditioned(prompt.image, numbers, len(c.cameras))
+        of = (condition, self.sent(numbers), self.matrices(c.cameras, c.intrinsics))
         return tuple(JointInputs(*of, branch) for branch in prompt.branches)
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> JointContext:
         """The remembered latents with their places, at the level they are said to have; nothing is computed."""
         if not recalled.latents.shape[1]:
             return JointContext(None)
-        x, prompt = recalled.latents.to(self.device), self.prompt_of(recalled.prompt, JointPrompt)
-        at, (batch, count) = self.places_of(recalled), x.shape[:2]
-        numbers = self.numbered(recalled.led or [0] * count, count)
-        condition = given.planes(prompt.image, numbers, batch, self.latent_shape, self.network.enter.weight)
-        levels = self.levels(STABLE / 1000, batch, count)
-        return JointContext(Frames(x, condition, levels, self.sent(numbers).expand(batch, count), at))
+        return JointContext(self.remembered(recalled, self.prompt_of(recalled.prompt, JointPrompt).image))
 
     def velocity(
         self, x: Tensor, sigma: float, inputs: JointInputs, context: Context, attend: Attend
@@ -158,10 +150,6 @@ class HYJoint(Large):
     def evaluation_flops(self, latents: int, context: float) -> float:
         """See `Costed.evaluation_flops`, the context's own tokens included; what is the text's is left out."""
         return cost.evaluation_flops(self.config, self._tokens, latents + context, 0)
-
-    def clamp(self, x: Tensor, inputs: JointInputs) -> Tensor:
-        """No latents are given; x as it is. The first one is denoised, too, conditioned on the image."""
-        return x
 
 
 def _behind(context: Frames, new: Frames) -> Frames:

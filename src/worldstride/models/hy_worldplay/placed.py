@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from worldstride.attention.streams import Places
-from worldstride.errors import InputError
+from worldstride.denoising.schedule import shifted_sigmas
+from worldstride.errors import InputError, integer_from
 from worldstride.models.hy_worldplay import poses
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.places import projections, rotary_table
 from worldstride.models.hy_worldplay.retrieval import EIGHT_B, Retrieval, ball_points, distances, overlap, visible
-from worldstride.protocol import Led, Recalled
+from worldstride.protocol import Led, Recalled, SamplerSpec
 
 NEW = 4
 """Latents of a chunk of the autoregressive models."""
@@ -52,16 +53,29 @@ class Placed:
     retrieval: Retrieval = EIGHT_B
     new = NEW
     """Latents of a chunk."""
+    shift: float
+    """Of the noise schedule."""
 
-    def __init__(self, config: Turning, decoder: VideoDecoder, weight: Tensor, token_grid: tuple[int, int]) -> None:
-        """Tables of places for tokens on a grid of rows and columns, where the network's `weight` is."""
-        self.decoder = decoder
+    def __init__(
+        self, config: Turning, decoder: VideoDecoder, weight: Tensor, token_grid: tuple[int, int],
+        storage: torch.dtype, steps: int, guidance: float | None = None,
+    ) -> None:  # fmt: skip
+        """Tables of places for tokens on a grid of rows and columns, where the network's `weight` is; and the precision
+        of latents between steps, solver steps at full compute, and the scale of guidance."""
+        self.decoder, self.storage, self.steps, self.guidance = decoder, storage, steps, guidance
         self.device, self.dtype = weight.device, weight.dtype
         self.intrinsics = poses.intrinsics().float()
         self._tokens = token_grid[0] * token_grid[1]
         ranks = torch.arange(RANKS, device=self.device)
         table = rotary_table(ranks, *token_grid, config.rope, config.theta)
         self._tables = tuple(t.unflatten(0, (RANKS, -1)) for t in table)  # [rank, n, head_dim / 2]
+
+    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
+        """Euler on the model's shifted schedule."""
+        steps = self.steps if steps is None else steps
+        integer_from("steps", steps, 1)
+        sigmas = shifted_sigmas(steps, self.shift if shift is None else shift)
+        return SamplerSpec(sigmas, storage=self.storage, guidance=self.guidance)
 
     def image_prompt(self, frames: Tensor) -> Mapping[str, Tensor]:
         """The latent of the one frame of uint8 [1, 1, H, W, 3]."""
@@ -112,8 +126,11 @@ class Placed:
         at = (recalled.positions + whole).to(self.device, non_blocking=True)
         cos, sin = (table.index_select(0, at).flatten(0, 1) for table in self._tables)
         intrinsics = self.intrinsics if recalled.intrinsics is None else recalled.intrinsics
-        cameras = recalled.cameras.to(self.device, non_blocking=True)
-        return Places(cos, sin, *projections(cameras, intrinsics.to(self.device)))
+        return Places(cos, sin, *self.matrices(recalled.cameras, intrinsics))
+
+    def matrices(self, cameras: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections [B, T, 4, 4] and their inverses of cameras [B, T, 4, 4] and intrinsics, on the device."""
+        return projections(cameras.to(self.device, non_blocking=True), intrinsics.to(self.device))
 
     def places_after(self, context: int, matrices: tuple[Tensor, Tensor]) -> Places:
         """Places of new latents with projections [B, T, 4, 4] and their inverses behind a context of so many."""

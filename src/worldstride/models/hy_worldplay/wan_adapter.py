@@ -11,21 +11,17 @@ from torch import Tensor
 
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues
-from worldstride.denoising.schedule import shifted_sigmas
-from worldstride.errors import InputError, integer_from
+from worldstride.errors import InputError
 from worldstride.models.hy_worldplay import cost, given, retrieval, two_streams
 from worldstride.models.hy_worldplay.adapter import HYContext, ReusesOuter
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
-from worldstride.models.hy_worldplay.places import projections
 from worldstride.models.hy_worldplay.text import WORDS
 from worldstride.models.hy_worldplay.wan import PATCH, WanFrames, WanNetwork
-from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
+from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 
 WINDOW, MEMORY = 12, 4
 """Latents of the context once the world is longer than all of it: most recent, retrieved. None always stays."""
-SHIFT = 8.0
-"""Of the noise schedule."""
 ROWS = 512
 """Rows of text that the model was trained with."""
 _PIXELS = 16
@@ -62,6 +58,7 @@ class WanWorldPlay(ReusesOuter, Placed):
 
     name = "hy_worldplay_wan"
     retrieval = retrieval.WAN
+    shift = 8.0
 
     def __init__(
         self, network: WanNetwork, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 4
@@ -79,8 +76,8 @@ class WanWorldPlay(ReusesOuter, Placed):
             size = " x ".join(map(str, decoder.size))
             raise InputError(f"frames must be multiples of {token} pixels high and wide, got {size}")
         self.token_grid = (decoder.size[0] // token, decoder.size[1] // token)
-        super().__init__(network.config, decoder, network.enter.weight, self.token_grid)
-        self.network, self.config, self.storage, self.steps = network, network.config, storage, steps
+        super().__init__(network.config, decoder, network.enter.weight, self.token_grid, storage, steps)
+        self.network, self.config = network, network.config
         self.latent_shape = (self.config.channels, decoder.size[0] // _PIXELS, decoder.size[1] // _PIXELS)
 
     def compile_passes(self) -> None:
@@ -92,12 +89,6 @@ class WanWorldPlay(ReusesOuter, Placed):
         one clip that is retrieved and the last 12 latents."""
         frames, last = (13, (0, 4, 8, 12)) if k == 0 else (16, None)
         return ChunkShape(self.new, frames, window=WINDOW, memory=MEMORY, clip=self.new, last_frames=last)
-
-    def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
-        """Euler on a schedule shifted by 8."""
-        steps = self.steps if steps is None else steps
-        integer_from("steps", steps, 1)
-        return SamplerSpec(shifted_sigmas(steps, SHIFT if shift is None else shift), storage=self.storage)
 
     def encode_prompt(self, prompt: Mapping[str, Tensor], attend: Attend) -> WanPrompt:
         """Text keys and values from umT5's states "text" [1, L, 4096], L at most 512.
@@ -129,10 +120,9 @@ class WanWorldPlay(ReusesOuter, Placed):
     def prepare(self, conditions: Conditions) -> tuple[WanInputs, ...]:
         """Places and labels of the coming latents, and the image's latent where it is the first of them."""
         c, prompt = conditions, self.prompt_of(conditions.encoded, WanPrompt)
-        matrices = projections(c.cameras.to(self.device, non_blocking=True), c.intrinsics.to(self.device))
         numbers = self.numbered(c.led, c.cameras.shape[1])
         image = prompt.image if numbers[0] == FIRST else None
-        return (WanInputs(self.sent(numbers), matrices, prompt.text, image),)
+        return (WanInputs(self.sent(numbers), self.matrices(c.cameras, c.intrinsics), prompt.text, image),)
 
     def encode_context(self, recalled: Recalled, previous: Context | None, attend: Attend) -> HYContext:
         """One pass over all remembered latents; nothing of `previous` is kept."""
