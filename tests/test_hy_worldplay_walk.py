@@ -36,19 +36,21 @@ from worldstride.protocol import ChunkShape
 ROOT = Path(__file__).parents[1]
 
 
-def frames(first: int, level: float) -> Frames:
-    """Four latents of the golden case."""
+def frames(first: int, level: float, raw: bool) -> Frames:
+    """Four latents of the golden case, with `raw` at the cameras themselves."""
     case, rows = golden(), slice(first, first + 4)
     config = case.config
     latents, condition = (case.given(name).transpose(1, 2)[:, rows] for name in ("noise", "cond"))
     cos, sin = rotary_table(torch.arange(first, first + 4), *latents.shape[3:], config.rope, config.theta)
-    at = streams.Places(cos, sin, *projections(case.cameras[None, rows], case.given("Ks")[:, rows]))
+    of = case.cameras[None, rows], case.given("Ks")[:, rows]
+    at = streams.Places(cos, sin, *(of if raw else projections(*of)))
     return Frames(latents, condition, torch.full((1, 4), level), case.given("action")[:, rows], at)
 
 
 @torch.inference_mode()
 def evaluated(of: HYNetwork, outer: list[Partial] | None = None, reused: tuple[Partial, ...] = ()) -> Tensor:
-    text, before, now = of.text(golden().states, attend), frames(0, 14.0), frames(4, 500.0)
+    text, raw = of.text(golden().states, attend), isinstance(of, UpstreamStructure)
+    before, now = frames(0, 14.0, raw), frames(4, 500.0, raw)
     context = [(pair,) for pair in of.context(before, text, attend)]
     return of.velocity(now, text, context, before.at, attend, outer, reused)
 
@@ -62,6 +64,17 @@ def test_upstreams_structure_is_the_same_mathematics():
     assert far(evaluated(other), evaluated(network())) < 1e-5
     theirs, ours = (dict(of.named_parameters()) for of in (other, network()))
     assert all(theirs[name].data_ptr() == ours[name].data_ptr() for name in ours)
+
+
+def test_a_session_in_upstreams_structure_makes_the_same_latents():
+    ours = model()
+    plain, other = (begun(engine(m)) for m in (ours, UpstreamWorldPlay(ours)))
+    for action in out_and_back(7):  # the last context is not the whole past
+        plain.step(action)
+        other.step(action)
+    made, theirs = (torch.stack([e.latent for e in s.history.entries]) for s in (plain, other))
+    assert len(made) == 28
+    assert far(theirs, made) < 1e-4
 
 
 def test_upstreams_decoder_makes_the_same_frames():
@@ -174,7 +187,8 @@ def test_every_way_of_a_walk_is_a_row(tmp_path: Path):
     names = ["upstream", "off", str(ROOT / "benchmarks/levers/hy-incremental.toml")]
     chosen, stepped = ways(played, names), list[int]()
     assert [w.name for w in chosen] == ["upstream", "off", "hy-incremental"]
-    assert isinstance(chosen[0].engine.model, UpstreamWorldPlay)
+    assert isinstance(chosen[0].start().model, UpstreamWorldPlay)
+    assert all(w.start() is played for w in chosen[1:])
     rows: list[Any] = [walked(w, 4, 1, advance=lambda: stepped.append(1)) for w in chosen]
     assert len(stepped) == 3 * 5
     for row in rows:
@@ -283,7 +297,7 @@ def test_a_walk_ahead_is_the_same_walk(name: str):
 
 
 def test_a_walk_ahead_replays_a_plan(tiny_engine: Engine):
-    way = Way("changing", tiny_engine, Acceleration("changing", temporal=TemporalWindow()))
+    way = Way("changing", lambda: tiny_engine, Acceleration("changing", temporal=TemporalWindow()))
     plan = Plan((1.0, 1.0, 0.0, 1.0, 0.25, 1.0), "recorded")
     rows: list[Any] = [walked(way, 6, 0, plan, ahead=ahead) for ahead in (False, True)]
     plain, ahead = ([e["context_latents"] for e in row["each"]] for row in rows)

@@ -192,6 +192,8 @@ def time_to_first_frame(engine: Engine, dtype: str | None, threads: int | None) 
         "model": source.model, "path": source.path, "weights": source.weights, "device": str(engine.device),
         "dtype": dtype, "threads": threads, "compile": source.compiled,
     }  # fmt: skip
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()  # another process is to find the memory that sessions have let go of
     begin = time.perf_counter()
     child = subprocess.run(
         [sys.executable, "-c", _FIRST_FRAME, json.dumps(options)], capture_output=True, text=True, check=False

@@ -2,9 +2,9 @@
 
 The same weights and the same mathematics, but (specification, section 6, a to h): modulation for every token, rotary
 tables built on the host in every forward and sent to the device again in every block, camera matrices for every token,
-queries, keys and values projected apart, keys and values concatenated twice a block and step, both streams' context
-stored, the last block of the context pass computed in full, layer norms left in float32, torch's default attention,
-and a decoder of that kind (`structure_hunyuan_vae`).
+in every block, queries, keys and values projected apart, keys and values concatenated twice a block and step, both
+streams' context stored, the last block of the context pass computed in full, layer norms left in float32, torch's
+default attention, and a decoder of that kind (`structure_hunyuan_vae`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldstride import camera
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
@@ -80,8 +81,7 @@ def _block(
     )
     q, k = rms_norm(q, block.project.q_scale), rms_norm(k, block.project.k_scale)
     cos, sin = (table.to(x.device) for table in tables)  # pageable memory: the host waits
-    each = x.shape[1] // at.latents
-    project, unproject = (m.repeat_interleave(each, 1) for m in (at.project, at.unproject))  # [B, N, 4, 4]
+    project, unproject = _projections(at, x.shape[1] // at.latents)  # [B, N, 4, 4]
     queries = torch.cat([_turned(q, cos, sin), _mapped(q, project.mT)])
     keys = torch.cat([_turned(k, cos, sin), _mapped(k, unproject)])
     values = torch.cat([v, _mapped(v, unproject)])
@@ -110,6 +110,17 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.stack([-b, a], -1).flatten(-2) * sin).to(x.dtype)
 
 
+def _projections(at: Places, each: int) -> tuple[Tensor, Tensor]:
+    """`places.projections` of cameras and intrinsics as `UpstreamWorldPlay.matrices` hands them on, for every token of
+    latents with `each` tokens: both matrices are products of one by four that are built anew."""
+    cameras, intrinsics = (m.repeat_interleave(each, 1) for m in at[2:])
+    scale, unscale = (torch.zeros_like(cameras) for _ in range(2))
+    for m, of in ((scale, intrinsics), (unscale, 1 / intrinsics)):
+        m[..., 0, 0], m[..., 1, 1] = of[..., 0, 0], of[..., 1, 1]
+        m[..., 2, 2] = m[..., 3, 3] = 1
+    return scale @ camera.invert(cameras), cameras @ unscale
+
+
 def _mapped(x: Tensor, matrices: Tensor) -> Tensor:
     """Every four channels of x [B, heads, N, E] by their token's matrix [B, N, 4, 4], in float32."""
     parts = x.float().unflatten(-1, (-1, 4))
@@ -123,3 +134,8 @@ class UpstreamWorldPlay(HYWorldPlay):
         decoder = UpstreamDecoder(model.decoder)
         network = UpstreamStructure(model.network)
         super().__init__(network, decoder, model.storage, model.steps, model.guidance)
+
+    def matrices(self, cameras: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+        """Cameras [B, T, 4, 4] and intrinsics [B, T, 3, 3] themselves: blocks make matrices of them."""
+        given = cameras.float().to(self.device), intrinsics.float().to(self.device)
+        return given[0], given[1].expand(*cameras.shape[:2], 3, 3)

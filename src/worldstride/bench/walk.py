@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -32,7 +33,8 @@ class Way:
     """How the walk is played."""
 
     name: str
-    engine: Engine
+    start: Callable[[], Engine]
+    """Makes the engine when the walk begins: what one way needs is not held while another is played."""
     acceleration: Acceleration
 
 
@@ -42,15 +44,19 @@ def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
     for name in names:
         if name != UPSTREAM:
             settings = resolve(name)
-            found.append(Way(settings.name, engine, settings))
+            found.append(Way(settings.name, lambda: engine, settings))
             continue
-        if not isinstance(engine.model, HYWorldPlay):
+        model = engine.model
+        if not isinstance(model, HYWorldPlay):
             kind = f"{engine.model.name!r} ({type(engine.model).__name__})"
             raise InputError(f"the structure of upstream is known of autoregressive hy_worldplay alone, not of {kind}")
-        source, off = replace(engine.source, compiled=False), resolve("off")
-        other = Engine(UpstreamWorldPlay(engine.model), source, off, engine.controls, engine.attention)
-        found.append(Way(name, other, off))
+        found.append(Way(name, partial(_upstream, engine, model), resolve("off")))
     return found
+
+
+def _upstream(engine: Engine, model: HYWorldPlay) -> Engine:
+    source = replace(engine.source, compiled=False)
+    return Engine(UpstreamWorldPlay(model), source, resolve("off"), engine.controls, engine.attention)
 
 
 def out_and_back(chunks: int) -> list[Action]:
@@ -74,12 +80,12 @@ def walked(
     """
     if chunks < 2 or warmup < 0:
         raise InputError(f"a walk needs at least 2 chunks and a warm-up of 0 or more, got {chunks} and {warmup}")
-    wall = 0.0
+    engine, wall = way.start(), 0.0
     for count in (warmup, chunks):
-        session, reports = way.engine.sample(seed), []
-        if way.engine.device.type == "cuda":
+        session, reports = engine.sample(seed), []
+        if engine.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(way.engine.device)
+            torch.cuda.reset_peak_memory_stats(engine.device)
         begun = time.perf_counter()
         for chunk in session.stream(_settled(session, way, out_and_back(count), plan), ahead):
             reports.append(chunk.report)
@@ -87,12 +93,12 @@ def walked(
         wall = time.perf_counter() - begun
     whole = [r.seconds["total"] for r in reports]
     made = summary(reports)
-    gpu = way.engine.device.type == "cuda"
+    gpu = engine.device.type == "cuda"
     return {
         "name": way.name, "acceleration": way.acceleration.to_json(), **made,
         "ahead": ahead, "wall_seconds": wall,
         "chunk_seconds": {"p50": quantile(whole, 0.5), "p95": quantile(whole, 0.95), "last": whole[-1]},
-        "gpu_peak_bytes": torch.cuda.max_memory_allocated(way.engine.device) if gpu else None,
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated(engine.device) if gpu else None,
         "each": [
             {
                 "context_latents": r.context_latents, "encoded_latents": r.encoded_latents,
@@ -109,5 +115,5 @@ def _settled(session: Session, way: Way, actions: Sequence[Action], plan: Plan |
     """The actions; as each is asked for, the session gets its chunk's settings."""
     for k, action in enumerate(actions):
         settings = way.acceleration
-        session.acceleration = settings if plan is None else plan.settle(settings, k, way.engine.model.chunk(k))
+        session.acceleration = settings if plan is None else plan.settle(settings, k, session.engine.model.chunk(k))
         yield action
