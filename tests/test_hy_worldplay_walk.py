@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import hy_golden
 from hy_golden import engine, golden, model, network, normal
 from worldstride import Acceleration, Engine
 from worldstride.acceleration import AttentionReuse, resolve, save_settings
 from worldstride.attention import Partial, attend, streams
+from worldstride.bench import structure_hy_worldplay
 from worldstride.bench.plan import Plan, read_plan, record
 from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
 from worldstride.bench.structure_hy_worldplay import UpstreamStructure, UpstreamWorldPlay
@@ -29,6 +31,7 @@ from worldstride.control import Action
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYContext
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
+from worldstride.models.hy_worldplay.loading import random_model
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.places import projections, rotary_table
 from worldstride.protocol import ChunkShape
@@ -75,6 +78,28 @@ def test_a_session_in_upstreams_structure_makes_the_same_latents():
     made, theirs = (torch.stack([e.latent for e in s.history.entries]) for s in (plain, other))
     assert len(made) == 28
     assert far(theirs, made) < 1e-4
+
+
+def test_half_precision_is_left_where_autocast_leaves_it(monkeypatch: pytest.MonkeyPatch):
+    """Layer norms come in float32, and latents and frames are the same but for rounding."""
+    size, seen = (hy_golden.HEIGHT, hy_golden.WIDTH), set[torch.dtype]()
+    ours = random_model(golden().config, hy_golden.VAE, torch.device("cpu"), torch.bfloat16, *size)
+    plain, other = (engine(m).sample(seed=3) for m in (ours, UpstreamWorldPlay(ours)))
+    norm = structure_hy_worldplay._normed
+
+    def watched(*of: Tensor) -> Tensor:
+        made = norm(*of)
+        seen.add(made.dtype)
+        return made
+
+    monkeypatch.setattr(structure_hy_worldplay, "_normed", watched)
+    for action in out_and_back(2):
+        frames = [torch.from_numpy(s.step(action).frames).float() for s in (plain, other)]
+        assert (frames[0] - frames[1]).abs().mean() < 0.1 * frames[0].std()
+    assert seen == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+    made, theirs = (torch.stack([e.latent for e in s.history.entries]).float() for s in (plain, other))
+    assert (theirs - made).square().mean() < 1e-3 * made.square().mean()
 
 
 def test_upstreams_decoder_makes_the_same_frames():

@@ -2,7 +2,8 @@
 
 The same mathematics as `vae.VideoVAE` (specification, sections 5.4 and 6 e): activations in torch's default layout,
 norms across channels that lie apart in memory, past frames put before others and edges padded in passes of their own, a
-mask for attention within a frame that is written row by row in Python, latents decoded one by one.
+mask for attention within a frame that is written row by row in Python, latents decoded one by one, all under autocast
+in half precision, which leaves what norms and activations make in float32.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class UpstreamDecoder(VideoDecoder):
     def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `VideoDecoder.decode`."""
         frames, after = list[Tensor](), dict(state)
-        for latent in latents.split(1, 1):
-            part, after = super().decode(latent, after)
-            frames.append(part)
+        half = self._weight.dtype != torch.float32
+        with torch.autocast(latents.device.type, self._weight.dtype, enabled=half):
+            for latent in latents.split(1, 1):
+                part, after = super().decode(latent, after)
+                frames.append(part)
         return torch.cat(frames, 1), after

@@ -1,10 +1,11 @@
 """HY-WorldPlay computed in the structure that upstream's code has: a baseline to measure against, never a way to play.
 
-The same weights and the same mathematics, but (specification, section 6, a to h): modulation for every token, rotary
-tables built on the host in every forward and sent to the device again in every block, camera matrices for every token,
-in every block, queries, keys and values projected apart, keys and values concatenated twice a block and step, both
-streams' context stored, the last block of the context pass computed in full, layer norms left in float32, torch's
-default attention, and a decoder of that kind (`structure_hunyuan_vae`).
+The same weights and the same mathematics, but (specification, sections 1 and 6, a to h): modulation for every token,
+rotary tables built on the host in every forward and sent to the device again in every block, camera matrices for every
+token, in every block, queries, keys and values projected apart, keys and values concatenated twice a block and step,
+both streams' context stored, the last block of the context pass computed in full, autocast in half precision, which
+leaves layer norms in float32 and rounds cameras, torch's default attention, and a decoder of that kind
+(`structure_hunyuan_vae`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from worldstride import camera
 from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
-from worldstride.models.hy_worldplay import places
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.layers import merged, rms_norm
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork, VideoBlock
@@ -43,7 +43,8 @@ class UpstreamStructure(HYNetwork):
         tables = self._tables(frames, 0)
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
         for block, words in zip(self._blocks(), text, strict=True):
-            x, own = _block(block, x, tokens, frames.at, tables, words, None)
+            with _autocast(x):
+                x, own = _block(block, x, tokens, frames.at, tables, words, None)
             yield own
 
     def velocity(
@@ -56,16 +57,22 @@ class UpstreamStructure(HYNetwork):
         tokens = about.repeat_interleave(x.shape[1] // about.shape[1], 1)
         past = [pieces[0] for pieces in context] or [None] * len(self.video)
         for block, words, kept in zip(self._blocks(), text, past, strict=True):
-            x, _ = _block(block, x, tokens, frames.at, tables, words, kept)
+            with _autocast(x):
+                x, _ = _block(block, x, tokens, frames.at, tables, words, kept)
         return self._left(x, about, frames)
 
     def _tables(self, frames: Frames, first: int) -> tuple[Tensor, Tensor]:
         """Rotary tables [N, head_dim] of the whole window up to these latents, on the host, and theirs cut out."""
-        c, (height, width) = self.config, frames.x.shape[3:]
-        count = first + frames.x.shape[1]
-        cos, sin = places.rotary_table(torch.arange(count), height, width, c.rope, c.theta)
+        count, height, width = first + frames.x.shape[1], *frames.x.shape[3:]
+        grid = torch.meshgrid(*(torch.arange(float(n)) for n in (count, height, width)), indexing="ij")
+        cosines, sines = list[Tensor](), list[Tensor]()
+        for axis, channels in zip(grid, self.config.rope, strict=True):
+            frequencies = self.config.theta ** (-torch.arange(0, channels, 2) / channels)
+            angles = torch.outer(axis.flatten(), frequencies)
+            cosines.append(angles.cos().repeat_interleave(2, 1))
+            sines.append(angles.sin().repeat_interleave(2, 1))
         cut = slice(first * height * width, None)
-        return cos[cut].repeat_interleave(2, -1), sin[cut].repeat_interleave(2, -1)
+        return torch.cat(cosines, 1)[cut], torch.cat(sines, 1)[cut]
 
 
 def _block(
@@ -98,9 +105,12 @@ def _block(
     return x + gate2 * block.mlp(_normed(x, shift2, scale2)), own
 
 
+def _autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32)
+
+
 def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-    return (normed * (1 + scale) + shift).to(x.dtype)
+    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,9 +132,8 @@ def _projections(at: Places, each: int) -> tuple[Tensor, Tensor]:
 
 
 def _mapped(x: Tensor, matrices: Tensor) -> Tensor:
-    """Every four channels of x [B, heads, N, E] by their token's matrix [B, N, 4, 4], in float32."""
-    parts = x.float().unflatten(-1, (-1, 4))
-    return torch.einsum("bnij,bhnpj->bhnpi", matrices, parts).flatten(-2).to(x.dtype)
+    """Every four channels of x [B, heads, N, E] by their token's matrix [B, N, 4, 4]."""
+    return torch.einsum("bnij,bhnpj->bhnpi", matrices, x.unflatten(-1, (-1, 4))).flatten(-2)
 
 
 class UpstreamWorldPlay(HYWorldPlay):
