@@ -333,11 +333,12 @@ def test_a_walk_ahead_replays_a_plan(tiny_engine: Engine):
 def test_the_command_plays_walks_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr(EngineOptions, "load", lambda self, name: engine(model()))
     out = tmp_path / "walk.json"
-    assert Bench("walk", "hy_worldplay", 2, 0, ("off",), ahead=True, out=out).run("bench walk") == 0
-    assert [row["ahead"] for row in json.loads(out.read_text())["rows"]] == [True]
+    assert Bench("walk", "hy_worldplay", 2, 0, ("upstream", "off"), ahead=("off",), out=out).run("bench walk") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"], row["ahead"]) for row in rows] == [("upstream", False), ("off", False), ("off, ahead", True)]
     assert "totals are wall time" in capsys.readouterr().out
     with pytest.raises(InputError, match="--ahead is for a walk; bench rollout steps chunk by chunk"):
-        Bench("rollout", "hy_worldplay", ahead=True).run("bench rollout")
+        Bench("rollout", "hy_worldplay", ahead=("off",)).run("bench rollout")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/levers").glob("hy-*.toml")), ids=lambda f: f.stem)

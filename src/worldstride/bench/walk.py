@@ -95,7 +95,7 @@ def walked(
     made = summary(reports)
     gpu = engine.device.type == "cuda"
     return {
-        "name": way.name, "acceleration": way.acceleration.to_json(), **made,
+        "name": f"{way.name}, ahead" if ahead else way.name, "acceleration": way.acceleration.to_json(), **made,
         "ahead": ahead, "wall_seconds": wall,
         "chunk_seconds": {"p50": quantile(whole, 0.5), "p95": quantile(whole, 0.95), "last": whole[-1]},
         "gpu_peak_bytes": torch.cuda.max_memory_allocated(engine.device) if gpu else None,

@@ -39,8 +39,9 @@ class Bench:
     """Presets or .toml files, measured in turn in one run; for a walk also `upstream`, the original's structure."""
     plan: OptionalPath = None
     """For a walk: file of recorded windows, replayed in place of what settings would decide from frames."""
-    ahead: bool = False
-    """For a walk: begin each chunk before the frames of the one before are waited for; results are the same bits."""
+    ahead: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """For a walk: ways that are then played with each chunk begun before the frames of the one before are waited for;
+    results are the same bits."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None
@@ -98,11 +99,12 @@ class Bench:
 
     def _walk(self, command: str, plan: Plan | None) -> dict[str, Any]:
         engine = self.engine.load(self.model)
-        chosen, rows = ways(engine, self.accelerations), list[dict[str, Any]]()
+        stepped, begun, rows = ways(engine, self.accelerations), ways(engine, self.ahead), list[dict[str, Any]]()
+        chosen = [(way, False) for way in stepped] + [(way, True) for way in begun]
         with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
-            for way in chosen:
-                rows.append(walked(way, self.chunks, self.warmup, plan, advance=bar.update, ahead=self.ahead))
-                bar.write(f"{way.name}: {rows[-1]['seconds']['total']:.2f} s")
+            for way, ahead in chosen:
+                rows.append(walked(way, self.chunks, self.warmup, plan, advance=bar.update, ahead=ahead))
+                bar.write(f"{rows[-1]['name']}: {rows[-1]['seconds']['total']:.2f} s")
         parameters = sum(p.numel() * p.element_size() for p in _parameters(engine))
         return {
             "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
@@ -150,7 +152,7 @@ def _print_walk(result: Mapping[str, Any]) -> None:
     print(table(headers, rows))
     print(f"\nweights {result['parameter_bytes'] / 2**30:.1f} GiB; stage times are medians over the walk's chunks")
     if any(row["ahead"] for row in result["rows"]):
-        print("chunks begun ahead: stages overlap, and totals are wall time")
+        print("where chunks are begun ahead, stages overlap, and totals are wall time")
     if result["note"]:
         print(result["note"])
 
