@@ -1,9 +1,12 @@
-"""Shape of HY-WorldPlay's transformer: the 8B model on HunyuanVideo-1.5, at any size."""
+"""Shape of HY-WorldPlay's transformer: the 8B model on HunyuanVideo-1.5, at any size.
+
+What configurations of every variant are checked for is here, too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +56,7 @@ class HYConfig:
         for name in ("channels", "width", "heads", "depth", "hidden", "text", "glyphs", "vision"):
             integer_from(name, getattr(self, name), 1)
         number_in("theta", self.theta, 0, math.inf, open_low=True)
-        if self.width % self.heads or self.head_dim % 4:
-            raise InputError(
-                f"heads must share the width in parts that 4 divides, got {self.width} for {self.heads} heads"
-            )
+        check_heads(self.width, self.heads)
         whole = isinstance(self.rope, tuple) and all(isinstance(n, int) and n >= 0 and n % 2 == 0 for n in self.rope)
         if not whole or len(self.rope) != 3 or sum(self.rope) != self.head_dim:
             raise InputError(
@@ -71,24 +71,43 @@ class HYConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HYConfig:
         """From the entries of a published `config.json`; `InputError` on what this network cannot be."""
-        entries = {k: v for k, v in values.items() if not k.startswith("_")}
-        for name, value in entries.items():
-            if name in _FIXED and value != _FIXED[name]:
-                raise InputError(f"{name} must be {_FIXED[name]!r} for HY-WorldPlay, got {value!r}")
-            if name not in _FIXED.keys() | _READ | _IDLE:
-                known = sorted(_FIXED.keys() | _READ | _IDLE)
-                raise InputError(f"unknown entry {name!r} in the configuration{did_you_mean(name, known)}")
-        if missing := sorted(_READ - entries.keys()):
-            raise InputError(f"the configuration lacks {', '.join(missing)}")
-        if entries["in_channels"] != entries["out_channels"]:
-            both = f"{entries['in_channels']} and {entries['out_channels']}"
-            raise InputError(f"in_channels and out_channels must be equal, got {both}")
+        entries = known_entries(values, "HY-WorldPlay", _FIXED, _READ, _IDLE)
+        channels = latent_channels(entries)
         width, ratio, rope = (entries[name] for name in ("hidden_size", "mlp_width_ratio", "rope_dim_list"))
         integer_from("hidden_size", width, 1)
         number_in("mlp_width_ratio", ratio, 0, math.inf, open_low=True)
         return cls(
-            channels=entries["in_channels"], width=width, heads=entries["heads_num"],
-            depth=entries["mm_double_blocks_depth"], hidden=int(width * ratio),
-            rope=tuple(rope) if isinstance(rope, list) else rope, theta=entries["rope_theta"],
-            text=entries["text_states_dim"], vision=entries["vision_states_dim"],
+            channels=channels, width=width, heads=entries["heads_num"], depth=entries["mm_double_blocks_depth"],
+            hidden=int(width * ratio), rope=tuple(rope) if isinstance(rope, list) else rope,
+            theta=entries["rope_theta"], text=entries["text_states_dim"], vision=entries["vision_states_dim"],
         )  # fmt: skip
+
+
+def known_entries(
+    values: Mapping[str, Any], network: str, fixed: Mapping[str, object], read: Set[str], idle: Set[str]
+) -> dict[str, Any]:
+    """Entries of a `config.json`, all of `read` among them; `InputError` on what `network` cannot be."""
+    entries = {k: v for k, v in values.items() if not k.startswith("_")}
+    known = sorted(fixed.keys() | read | idle)
+    for name, value in entries.items():
+        if name in fixed and value != fixed[name]:
+            raise InputError(f"{name} must be {fixed[name]!r} for {network}, got {value!r}")
+        if name not in known:
+            raise InputError(f"unknown entry {name!r} in the configuration{did_you_mean(name, known)}")
+    if missing := sorted(read - entries.keys()):
+        raise InputError(f"the configuration lacks {', '.join(missing)}")
+    return entries
+
+
+def latent_channels(entries: Mapping[str, Any]) -> Any:
+    """Channels of a latent, as an entry tells them; `InputError` where others come out than go in."""
+    into, out = entries["in_channels"], entries["out_channels"]
+    if into != out:
+        raise InputError(f"in_channels and out_channels must be equal, got {into} and {out}")
+    return into
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise `InputError` unless heads share a width in parts that 4 divides."""
+    if width % heads or width // heads % 4:
+        raise InputError(f"heads must share the width in parts that 4 divides, got {width} for {heads} heads")

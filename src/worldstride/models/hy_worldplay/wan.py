@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from worldstride.attention import Attend
 from worldstride.attention.streams import KeysValues, Places
-from worldstride.errors import InputError, did_you_mean, integer_from, number_in
+from worldstride.errors import InputError, integer_from, number_in
 from worldstride.models.hy_worldplay.cached import CachedNetwork, Rows
+from worldstride.models.hy_worldplay.config import check_heads, known_entries, latent_channels
 from worldstride.models.hy_worldplay.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated, rms_norm
 
 PATCH = 2
@@ -62,10 +63,7 @@ class WanConfig:
         for name in ("channels", "width", "heads", "depth", "hidden", "text"):
             integer_from(name, getattr(self, name), 1)
         number_in("theta", self.theta, 0, math.inf, open_low=True)
-        if self.width % self.heads or self.head_dim % 4:
-            raise InputError(
-                f"heads must share the width in parts that 4 divides, got {self.width} for {self.heads} heads"
-            )
+        check_heads(self.width, self.heads)
 
     @property
     def head_dim(self) -> int:
@@ -81,23 +79,12 @@ class WanConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> WanConfig:
         """From the entries of a diffusers `config.json`; `InputError` on what this network cannot be."""
-        entries = {k: v for k, v in values.items() if not k.startswith("_")}
-        for name, value in entries.items():
-            if name in _FIXED and value != _FIXED[name]:
-                raise InputError(f"{name} must be {_FIXED[name]!r} for HY-WorldPlay's WAN-5B, got {value!r}")
-            if name not in _FIXED.keys() | _READ | _IDLE:
-                known = sorted(_FIXED.keys() | _READ | _IDLE)
-                raise InputError(f"unknown entry {name!r} in the configuration{did_you_mean(name, known)}")
-        if missing := sorted(_READ - entries.keys()):
-            raise InputError(f"the configuration lacks {', '.join(missing)}")
+        entries = known_entries(values, "HY-WorldPlay's WAN-5B", _FIXED, _READ, _IDLE)
         for name in sorted(_READ):
             integer_from(name, entries[name], 1)
-        if entries["in_channels"] != entries["out_channels"]:
-            both = f"{entries['in_channels']} and {entries['out_channels']}"
-            raise InputError(f"in_channels and out_channels must be equal, got {both}")
         heads = entries["num_attention_heads"]
         return cls(
-            channels=entries["in_channels"], width=heads * entries["attention_head_dim"], heads=heads,
+            channels=latent_channels(entries), width=heads * entries["attention_head_dim"], heads=heads,
             depth=entries["num_layers"], hidden=entries["ffn_dim"], text=entries["text_dim"],
         )  # fmt: skip
 
