@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldstride.errors import CheckpointError
 
@@ -75,6 +75,18 @@ def find(folder: Path, names: Sequence[str]) -> list[Path]:
             raise CheckpointError(f"{file} names {len(absent)} files that are not there: {', '.join(absent[:3])}")
         return files
     return []
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], file: Path, what: str) -> None:
+    """Raise `CheckpointError` unless the tensors of `file` are by name and shape those of a module, made for `what`."""
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+        name = wrong[0]
+        raise CheckpointError(
+            f"{file}: {len(wrong)} tensors do not fit {what}; first {name!r}: expected "
+            f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

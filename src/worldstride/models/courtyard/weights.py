@@ -19,6 +19,7 @@ from worldstride.errors import CheckpointError, InputError
 from worldstride.models.courtyard.adapter import CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.model import CourtyardNetwork
+from worldstride.models.shards import check_fit
 
 FORMAT = "worldstride-courtyard"
 FILE = "weights.safetensors"
@@ -67,14 +68,7 @@ def read_network(file: Path) -> tuple[CourtyardNetwork, str]:
         raise CheckpointError(f"{file} is no valid courtyard weights file: {error}") from error
     with torch.device("meta"):  # no initial values: they would draw from the caller's random numbers
         network = CourtyardNetwork(config).requires_grad_(False)
-    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
-        name = wrong[0]
-        raise CheckpointError(
-            f"{file}: {len(wrong)} tensors do not fit its configuration; first {name!r}: expected "
-            f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
-        )
+    check_fit(network, tensors, file, "its configuration")
     network.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     return network, fingerprint(config, tensors)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from worldstride.errors import CheckpointError, MissingDependencyError
-from worldstride.models.shards import find, read_json
+from worldstride.models.shards import check_fit, find, read_json
 
 Encoder = Literal["language model", "glyph encoder", "image encoder", "text encoder of Wan"]
 
@@ -154,16 +154,10 @@ def glyph_encoder(path: Path) -> tuple[nn.Module, Any]:
     # everything that the encoder holds is in Glyph's file: ByT5's own weights are not needed
     config = transformers.T5Config.from_dict({**read_json(first / "config.json"), "vocab_size": len(tokenizer)})
     model = transformers.T5EncoderModel(config).float().eval()
-    stack, tensors = model.encoder, _glyph_tensors(second / _GLYPH_WEIGHTS)
-    expected = {name: tuple(t.shape) for name, t in stack.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
-        name = wrong[0]
-        raise CheckpointError(
-            f"{second / _GLYPH_WEIGHTS}: {len(wrong)} tensors do not fit {_BYT5} with {len(made)} tokens for colours "
-            f"and fonts; first {name!r}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
-        )
-    stack.load_state_dict(tensors)
+    file = second / _GLYPH_WEIGHTS
+    tensors = _glyph_tensors(file)
+    check_fit(model.encoder, tensors, file, f"{_BYT5} with {len(made)} tokens for colours and fonts")
+    model.encoder.load_state_dict(tensors)
     return model, tokenizer
 
 
