@@ -16,6 +16,7 @@ from torch import Tensor
 
 import worldstride
 from hy_golden import CPU, VAE, golden, network, normal, relative, vae
+from hy_variants import FORWARD, RIGHT, latents
 from worldstride import Acceleration, Action, Engine, Session
 from worldstride.acceleration import AttentionReuse, resolve
 from worldstride.attention import Attend, Selection, Sparsity, attend
@@ -46,7 +47,6 @@ from worldstride.trajectory import Trajectory, parse_trajectory
 
 HEIGHT, WIDTH = 32, 32
 GUIDANCE, STEPS = 6.0, 2
-FORWARD, RIGHT = Action({"KeyW"}), Action({"ArrowRight"})
 SOME = visible(ball_points(3000, 8.0, 0))
 """Few of the points that retrieval takes, for speed."""
 
@@ -85,10 +85,6 @@ def begin(of: Engine, **states: Tensor) -> Session:
     session = of.open(picture(), torch.eye(4)[None], {**prompt(), **states}, points=SOME)
     session._state.noise_seed = 3
     return session
-
-
-def latents(session: Session) -> Tensor:
-    return torch.stack([e.latent for e in session.history.entries])
 
 
 # The contract

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import worldstride
 from hy_golden import begin, engine, golden, model, relative, vae
+from hy_variants import BACK, FORWARD, LEFT, RIGHT, latents, replayed
 from walking import same
 from worldstride import Acceleration, Action, Engine, Session
 from worldstride.attention import Attend
@@ -31,7 +32,6 @@ from worldstride.session import step_together
 from worldstride.testing import check_model
 from worldstride.trajectory import Trajectory, parse_trajectory
 
-FORWARD, BACK, RIGHT, LEFT = (Action({key}) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
 WALK = (FORWARD, FORWARD, RIGHT, RIGHT, FORWARD, LEFT, LEFT, BACK)
 """Eight chunks: the last two have more behind them than the context holds."""
 
@@ -49,17 +49,6 @@ def walked(small: Engine) -> Session:
     for move in WALK:
         session.step(move)
     return session
-
-
-def latents(session: Session) -> Tensor:
-    return torch.stack([e.latent for e in session.history.entries])
-
-
-def replayed(of: Engine, settings: Acceleration | str, moves: tuple[Action, ...] = WALK) -> tuple[Session, list[Any]]:
-    """A walk and its chunks' reports."""
-    session = begin(of)
-    session.acceleration = settings
-    return session, [session.step(move).report for move in moves]
 
 
 # The golden rollout, and the contract
@@ -305,7 +294,7 @@ def test_less_can_be_remembered(walked: Session, window: int, memory: int | None
 
 @pytest.mark.parametrize("sees", ["all", "before", "itself"])
 def test_kept_context_runs(small: Engine, walked: Session, sees: Sees):
-    session, reports = replayed(small, Acceleration("kept", kept=KeptContext(sees=sees)))
+    session, reports = replayed(begin(small), Acceleration("kept", kept=KeptContext(sees=sees)), WALK)
     assert [r.encoded_latents for r in reports[:5]] == [0, 4, 4, 4, 4]
     assert all(r.encoded_latents <= 8 for r in reports)
     assert all("kept" in r.levers for r in reports[2:])
@@ -316,7 +305,7 @@ def test_kept_context_runs(small: Engine, walked: Session, sees: Sees):
 def test_keeping_what_sees_only_itself_is_exact(small: Engine):
     """The world's first latent is conditioned on the image and the others are not, so they are told apart."""
     kept, whole = (
-        replayed(small, Acceleration("kept", kept=KeptContext(incremental, sees="itself")))
+        replayed(begin(small), Acceleration("kept", kept=KeptContext(incremental, sees="itself")), WALK)
         for incremental in (True, False)
     )
     assert [r.encoded_latents for r in kept[1]] == [0, *[4] * 7]
@@ -326,7 +315,7 @@ def test_keeping_what_sees_only_itself_is_exact(small: Engine):
 
 @pytest.mark.parametrize("settings", [KeptContext(refresh=1), KeptContext(incremental=False)], ids=["refresh", "whole"])
 def test_encoding_everything_anew_is_full_compute(small: Engine, walked: Session, settings: KeptContext):
-    session, reports = replayed(small, Acceleration("kept", kept=settings))
+    session, reports = replayed(begin(small), Acceleration("kept", kept=settings), WALK)
     assert [r.encoded_latents for r in reports] == [r.context_latents for r in reports] == [0, 4, 8, 12, 16, 20, 20, 20]
     assert relative(latents(session), latents(walked)) <= 1e-5
 
@@ -335,7 +324,7 @@ def test_policies_shorten_the_context(small: Engine):
     settings = Acceleration(
         "policies", temporal=TemporalWindow(scale=1e-6), spatial=SpatialMemory(threshold=1.0), pose=PoseView("ball")
     )
-    _, reports = replayed(small, settings)
+    _, reports = replayed(begin(small), settings, WALK)
     last = reports[-1]
     assert 0 < len(last.context.window) < 12
     assert last.context.memory == ()
@@ -346,7 +335,7 @@ def test_policies_shorten_the_context(small: Engine):
 
 @pytest.mark.parametrize("preset", ["exact", "steps-2", "balanced", "fast", "light-interaction"])
 def test_presets_run(small: Engine, walked: Session, preset: str):
-    session, reports = replayed(small, preset)
+    session, reports = replayed(begin(small), preset, WALK)
     assert bool(latents(session).isfinite().all())
     assert torch.equal(latents(session), latents(walked)) == (preset == "exact")
     assert all(r.flops["denoise"] > 0 for r in reports)
@@ -394,7 +383,7 @@ def test_guidance_goes_away_from_the_negative_prompt():
     made = []
     for session in worlds:
         reports = [session.step(move).report for move in moves]
-        made.append((torch.stack([e.latent for e in session.history.entries]), reports[-1]))
+        made.append((latents(session), reports[-1]))
     (truth, cost), *rest = made
     # what is the same on both sides, and a scale of one, guide nowhere
     assert [relative(latents, truth) < 1e-4 for latents, _ in rest] == [True, True, False]
@@ -406,7 +395,7 @@ def test_guidance_goes_away_from_the_negative_prompt():
     kept.acceleration = Acceleration("kept", kept=KeptContext(refresh=1))
     for move in moves:
         kept.step(move)
-    assert relative(torch.stack([e.latent for e in kept.history.entries]), made[-1][0]) < 1e-4
+    assert relative(latents(kept), made[-1][0]) < 1e-4
     with pytest.raises(InputError, match="states named 'negative_text' beside 'text', being guided, got"):
         guided(6.0).step()
 

@@ -9,13 +9,13 @@ import torch
 
 import wan_tiny
 from hy_golden import begin, engine, relative
+from hy_variants import BACK, FORWARD, RIGHT, latents, replayed
 from worldstride import Acceleration, Engine, Session
 from worldstride.acceleration import AttentionReuse
 from worldstride.attention import Selection, Sparsity
 from worldstride.context.kept import KeptContext
-from worldstride.control import Action
 
-WALK = tuple(Action({key}) for key in ("KeyW", "KeyW", "ArrowRight", "KeyW", "KeyS", "KeyS"))
+WALK = (FORWARD, FORWARD, RIGHT, FORWARD, BACK, BACK)
 KEPT, REUSED = KeptContext(limit=24), AttentionReuse(2)
 
 
@@ -30,34 +30,28 @@ def sparse(keep: float, context: bool = True) -> Sparsity:
     return Sparsity((1, 2, 2), denoise=rule, context=rule if context else None, dense_layers=0, obey=True)
 
 
-def played(of: Engine, **levers: Any) -> tuple[Session, list[Any]]:
-    session = begin(of)
-    session.acceleration = Acceleration("some", **levers)
-    return session, [session.step(action).report for action in WALK]
-
-
-def made(session: Session) -> torch.Tensor:
-    return torch.stack([e.latent for e in session.history.entries])
+def played(session: Session, **levers: Any) -> tuple[Session, list[Any]]:
+    return replayed(session, Acceleration("some", **levers), WALK)
 
 
 @pytest.mark.parametrize(
     "levers", [{}, {"kept": KEPT}, {"attention": REUSED}, {"kept": KEPT, "attention": REUSED}], ids=str
 )
 def test_keeping_every_block_changes_nothing(small: Engine, levers: dict[str, Any]):
-    plain, _ = played(small, **levers)
-    same, reports = played(small, sparsity=sparse(1.0), **levers)
-    assert relative(made(same), made(plain)) < 1e-4
+    plain, _ = played(begin(small), **levers)
+    same, reports = played(begin(small), sparsity=sparse(1.0), **levers)
+    assert relative(latents(same), latents(plain)) < 1e-4
     assert reports[-1].sparsity.calls["sparse"] > 0
     assert reports[-1].sparsity.density["chunk"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("levers", [{}, {"kept": KEPT}, {"attention": REUSED}], ids=str)
 def test_leaving_blocks_out_costs_less_and_is_seen(small: Engine, levers: dict[str, Any]):
-    plain, full = played(small, **levers)
-    other, reports = played(small, sparsity=sparse(0.3), **levers)
+    plain, full = played(begin(small), **levers)
+    other, reports = played(begin(small), sparsity=sparse(0.3), **levers)
     # the first two chunks have nothing, or next to nothing, to leave out
-    assert relative(made(other)[:4], made(plain)[:4]) < 1e-5
-    assert relative(made(other)[8:], made(plain)[8:]) > 1e-3
+    assert relative(latents(other)[:4], latents(plain)[:4]) < 1e-5
+    assert relative(latents(other)[8:], latents(plain)[8:]) > 1e-3
     last = reports[-1].sparsity
     assert 0.3 < last.density["chunk"] < 0.7  # text and the chunk's own tokens are always attended to
     assert 0.3 < last.density["context"] < 0.8
@@ -68,23 +62,18 @@ def test_leaving_blocks_out_costs_less_and_is_seen(small: Engine, levers: dict[s
 
 
 def test_the_wan_variant_attends_sparsely_too():
-    def walked(**levers: Any) -> tuple[Session, list[Any]]:
-        session = wan_tiny.begin(variant)
-        session.acceleration = Acceleration("some", **levers)
-        return session, [session.step(action).report for action in WALK]
-
     variant = wan_tiny.engine()
-    plain, full = walked(kept=KEPT)
-    same, _ = walked(kept=KEPT, sparsity=sparse(1.0))
-    other, reports = walked(kept=KEPT, sparsity=sparse(0.3))
-    assert relative(made(same), made(plain)) < 1e-4
-    assert relative(made(other)[8:], made(plain)[8:]) > 1e-3
+    plain, full = played(wan_tiny.begin(variant), kept=KEPT)
+    same, _ = played(wan_tiny.begin(variant), kept=KEPT, sparsity=sparse(1.0))
+    other, reports = played(wan_tiny.begin(variant), kept=KEPT, sparsity=sparse(0.3))
+    assert relative(latents(same), latents(plain)) < 1e-4
+    assert relative(latents(other)[8:], latents(plain)[8:]) > 1e-3
     assert 0.3 < reports[-1].sparsity.density["chunk"] < 0.7
     assert reports[-1].flops["denoise"] < full[-1].flops["denoise"]
 
 
 def test_the_context_alone_may_be_left_whole(small: Engine):
-    _, reports = played(small, sparsity=sparse(0.3, context=False))
+    _, reports = played(begin(small), sparsity=sparse(0.3, context=False))
     assert set(reports[-1].sparsity.density) == {"chunk"}
 
 
@@ -101,5 +90,5 @@ def test_both_streams_choose_for_themselves(small: Engine, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(sparsity, "select", watched)
-    played(small, sparsity=sparse(0.3))
+    played(begin(small), sparsity=sparse(0.3))
     assert any(not torch.equal(*table.chunk(2)) for table in chosen)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import hy_golden
 from hy_golden import engine, golden, model, network, normal
+from hy_variants import latents
 from worldstride import Acceleration, Engine
 from worldstride.acceleration import AttentionReuse, resolve, save_settings
 from worldstride.attention import Partial, attend, streams
@@ -75,7 +76,7 @@ def test_a_session_in_upstreams_structure_makes_the_same_latents():
     for action in out_and_back(7):  # the last context is not the whole past
         plain.step(action)
         other.step(action)
-    made, theirs = (torch.stack([e.latent for e in s.history.entries]) for s in (plain, other))
+    made, theirs = (latents(s) for s in (plain, other))
     assert len(made) == 28
     assert far(theirs, made) < 1e-4
 
@@ -98,7 +99,7 @@ def test_half_precision_is_left_where_autocast_leaves_it(monkeypatch: pytest.Mon
         assert (frames[0] - frames[1]).abs().mean() < 0.1 * frames[0].std()
     assert seen == {torch.float32}
     assert not torch.is_autocast_enabled("cpu")
-    made, theirs = (torch.stack([e.latent for e in s.history.entries]).float() for s in (plain, other))
+    made, theirs = (latents(s).float() for s in (plain, other))
     assert (theirs - made).square().mean() < 1e-3 * made.square().mean()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import worldstride
 from hy_golden import normal, relative
+from hy_variants import BACK, FORWARD, LEFT, RIGHT, latents, replayed
 from walking import same
 from wan_tiny import COLUMNS, HEIGHT, ROWS, TINY, WIDTH, begin, engine, model, picture, states
 from worldstride import Acceleration, Action, Engine, Session
@@ -40,7 +41,6 @@ from worldstride.protocol import Conditions
 from worldstride.session import step_together
 from worldstride.testing import check_model
 
-FORWARD, BACK, RIGHT, LEFT = (Action({key}) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
 WALK = (FORWARD, RIGHT, RIGHT, FORWARD, LEFT, LEFT, BACK)
 """Seven chunks: the last two have more behind them than the context holds."""
 CONTEXTS = [0, 4, 8, 12, 16, 16, 16]
@@ -61,18 +61,7 @@ def small() -> Engine:
 @pytest.fixture(scope="module")
 def walked(small: Engine) -> Session:
     """A session after seven chunks at full compute; tests fork it."""
-    return replayed(small, "off")[0]
-
-
-def latents(session: Session) -> Tensor:
-    return torch.stack([e.latent for e in session.history.entries])
-
-
-def replayed(of: Engine, settings: Acceleration | str, moves: tuple[Action, ...] = WALK) -> tuple[Session, list[Any]]:
-    """A walk and its chunks' reports."""
-    session = begin(of)
-    session.acceleration = settings
-    return session, [session.step(move).report for move in moves]
+    return replayed(begin(small), "off", WALK)[0]
 
 
 # The plain loop, and the contract
@@ -323,7 +312,7 @@ def test_saves_and_forks_go_on_bit_for_bit(walked: Session, tmp_path: Path):
 
 def test_sessions_step_together_as_they_would_alone(small: Engine):
     first = begin(small)
-    for session in (first, replayed(small, "off", WALK[:2])[0]):  # one whose first latent is given, one without
+    for session in (first, replayed(begin(small), "off", WALK[:2])[0]):  # one whose first latent is given, one without
         forks, alone = ([session.fork(noise_seed=seed) for seed in (1, 2)] for _ in range(2))
         chunks = step_together(forks, actions=[FORWARD, FORWARD])
         assert [chunk.report.batch for chunk in chunks] == [2, 2]
@@ -338,7 +327,7 @@ def test_sessions_step_together_as_they_would_alone(small: Engine):
 
 @pytest.mark.parametrize("sees", ["all", "before", "itself"])
 def test_kept_context_runs(small: Engine, walked: Session, sees: Any):
-    session, reports = replayed(small, Acceleration("kept", kept=KeptContext(sees=sees)))
+    session, reports = replayed(begin(small), Acceleration("kept", kept=KeptContext(sees=sees)), WALK)
     assert [r.encoded_latents for r in reports] == [0, *[4] * 6]
     assert all("kept" in r.levers for r in reports[2:])
     assert relative(latents(session), latents(walked)) > 1e-4  # what is kept saw another window
@@ -346,7 +335,7 @@ def test_kept_context_runs(small: Engine, walked: Session, sees: Any):
 
 def test_keeping_what_sees_only_itself_is_exact(small: Engine):
     kept, whole = (
-        replayed(small, Acceleration("kept", kept=KeptContext(incremental, sees="itself")))
+        replayed(begin(small), Acceleration("kept", kept=KeptContext(incremental, sees="itself")), WALK)
         for incremental in (True, False)
     )
     assert [r.encoded_latents for r in whole[1]] == CONTEXTS
@@ -354,7 +343,7 @@ def test_keeping_what_sees_only_itself_is_exact(small: Engine):
 
 
 def test_encoding_everything_anew_is_full_compute(small: Engine, walked: Session):
-    session, reports = replayed(small, Acceleration("kept", kept=KeptContext(refresh=1)))
+    session, reports = replayed(begin(small), Acceleration("kept", kept=KeptContext(refresh=1)), WALK)
     assert [r.encoded_latents for r in reports] == CONTEXTS
     assert relative(latents(session), latents(walked)) <= 1e-5
 
@@ -382,7 +371,7 @@ def test_attention_kept_from_an_evaluation_is_that_evaluations(small: Engine, wa
 
 
 def test_reused_attention_is_reported_and_costs_less(small: Engine, walked: Session):
-    session, reports = replayed(small, Acceleration("reuse", attention=AttentionReuse(2)))
+    session, reports = replayed(begin(small), Acceleration("reuse", attention=AttentionReuse(2)), WALK)
     assert all([e.attended for e in r.evaluations] == [True, False, True, False] for r in reports)
     plain = walked.fork().step(LEFT).report
     assert reports[-1].flops["denoise"] < plain.flops["denoise"]
@@ -390,7 +379,7 @@ def test_reused_attention_is_reported_and_costs_less(small: Engine, walked: Sess
     assert bool(latents(session).isfinite().all())
     # without a context there is nothing to reuse, and the first chunk is as it was
     assert relative(latents(session)[:4], latents(walked)[:4]) <= 1e-5
-    once, _ = replayed(small, Acceleration("reuse", attention=AttentionReuse(1)))
+    once, _ = replayed(begin(small), Acceleration("reuse", attention=AttentionReuse(1)), WALK)
     assert relative(latents(once), latents(walked)) <= 1e-5
 
 
@@ -398,12 +387,12 @@ def test_policies_and_presets_run(small: Engine, walked: Session):
     settings = Acceleration(
         "policies", temporal=TemporalWindow(scale=1e-6), spatial=SpatialMemory(threshold=1.0), pose=PoseView("ball")
     )
-    last = replayed(small, settings)[1][-1]
+    last = replayed(begin(small), settings, WALK)[1][-1]
     assert 0 < len(last.context.window) < 12
     assert last.context.memory == ()
     json.dumps(last.to_json())
     for preset in ("exact", "balanced", "light-interaction"):
-        session, reports = replayed(small, preset)
+        session, reports = replayed(begin(small), preset, WALK)
         assert bool(latents(session).isfinite().all())
         assert torch.equal(latents(session), latents(walked)) == (preset == "exact")
         assert all(r.flops["denoise"] > 0 for r in reports)
