@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from worldstride import Acceleration, Action, Session
+from worldstride.models.hy_worldplay.decoder import VideoCodec
 
 FORWARD, BACK, RIGHT, LEFT = (Action({key}) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
 
@@ -22,3 +23,12 @@ def replayed(session: Session, settings: Acceleration | str, moves: Iterable[Act
     """The session after a walk, and its chunks' reports."""
     session.acceleration = settings
     return session, [session.step(move).report for move in moves]
+
+
+def streamed(vae: VideoCodec, z: Tensor, split: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Frames of latents decoded in pieces, and the state after them."""
+    state, parts = dict[str, Tensor](), list[Tensor]()
+    for part in z.split(split, 2):
+        frames, state = vae.decode(part, state)
+        parts.append(frames)
+    return torch.cat(parts, 2), state

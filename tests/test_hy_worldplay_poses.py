@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from hy_golden import GOLDEN
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.poses import intrinsics, motion, parse_poses
 from worldstride.trajectory import load_trajectory
 
-GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 IDENTITY = torch.eye(4, dtype=torch.float64)
 MOVES = ["w", "s", "a", "d", "up", "down", "left", "right"]
 

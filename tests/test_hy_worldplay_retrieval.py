@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hy_golden import GOLDEN
 from worldstride.camera import invert
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay import retrieval
@@ -25,7 +25,6 @@ from worldstride.models.hy_worldplay.retrieval import (
     visible,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 IDENTITY = torch.eye(4, dtype=torch.float64)
 POINTS = ball_points(50_000, 8.0, 0)
 FEW = ball_points(1500, 8.0, 1)

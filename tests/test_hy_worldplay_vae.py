@@ -8,20 +8,21 @@ pixels); such cases are held to 1e-12 in float64.
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hy_golden import GOLDEN, normal, relative
+from hy_variants import streamed
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.vae_layers import ChannelNorm, laid_out, shuffle, unshuffle
 
-GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 UNEVEN = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 32, 32), layers_per_block=1)
 """Other widths than the golden case's: channels are repeated and averaged in groups of several sizes."""
 SHALLOW = replace(UNEVEN, block_out_channels=(8, 8, 16), ffactor_spatial=4)
@@ -32,15 +33,6 @@ UNMATCHED = replace(UNEVEN, downsample_match_channel=False, upsample_match_chann
 def _no_gradients():
     with torch.no_grad():
         yield
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(x: Tensor, truth: Tensor) -> float:
-    assert x.shape == truth.shape
-    return float((x.double() - truth.double()).abs().max() / truth.double().abs().max())
 
 
 @cache
@@ -70,20 +62,6 @@ def seeded(config: VAEConfig) -> VideoVAE:
     return vae
 
 
-def copied(vae: VideoVAE) -> VideoVAE:
-    other = VideoVAE(vae.config).eval()
-    other.load_state_dict(vae.state_dict())
-    return other
-
-
-def streamed(vae: VideoVAE, z: Tensor, split: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    state, parts = dict[str, Tensor](), list[Tensor]()
-    for part in z.split(split, 2):
-        frames, state = vae.decode(part, state)
-        parts.append(frames)
-    return torch.cat(parts, 2), state
-
-
 def test_decode_is_the_golden_one():
     _, _, truth = golden()
     frames, _ = golden_at_once()
@@ -102,7 +80,7 @@ def test_decoding_in_pieces_equals_decoding_at_once(split: tuple[int, ...]):
 
 @pytest.mark.parametrize("config", [UNEVEN, UNMATCHED], ids=["matched", "unmatched"])
 def test_pieces_equal_at_once_with_other_widths_and_an_odd_size(config: VAEConfig):
-    vae, z = copied(seeded(config)).double(), normal(1, 4, 3, 1, 3)
+    vae, z = deepcopy(seeded(config)).double(), normal(1, 4, 3, 1, 3)
     whole, after = vae.decode(z, {})
     assert whole.shape == (1, 3, 9, 16, 48)
     for split in ((1, 2), (2, 1), (1, 1, 1)):
@@ -222,14 +200,14 @@ def test_decode_is_that_of_diffusers_where_attention_is_within_a_latent(config: 
     vae, z = seeded(config), normal(1, 4, 3, 2, 3)
     other = into_diffusers(vae)  # decodes at once, and its attention sees earlier latents
     assert relative(vae.decode(z[:, :, :1], {})[0], other.decode(z[:, :, :1]).sample) <= 1e-5
-    blind = copied(vae)
+    blind = deepcopy(vae)
     for p in blind.decoder.mid.attn_1.proj_out.parameters():
         p.data.zero_()
     assert relative(blind.decode(z, {})[0], into_diffusers(blind).decode(z).sample) <= 1e-5
 
 
 def test_encode_is_causal():
-    vae, frames = copied(seeded(UNEVEN)).double(), normal(1, 3, 9, 16, 32)
+    vae, frames = deepcopy(seeded(UNEVEN)).double(), normal(1, 3, 9, 16, 32)
     mean = vae.encode(frames)
     assert mean.shape == (1, 4, 3, 1, 2)
     assert relative(vae.encode(frames[:, :, :1]), mean[:, :, :1]) <= 1e-12
@@ -264,7 +242,7 @@ def test_the_full_size_decodes_a_chunk_to_frames_of_480_x_832():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_runs(dtype: torch.dtype):
     vae, z, frames = seeded(UNEVEN), normal(1, 4, 3, 2, 3), normal(1, 3, 5, 16, 32)
-    half = copied(vae).to(dtype)
+    half = deepcopy(vae).to(dtype)
     out, state = streamed(half, z, (1, 2))  # latents in float32 are taken, too
     assert out.dtype == dtype
     assert {tensor.dtype for tensor in state.values()} == {dtype}
@@ -284,7 +262,7 @@ def test_norm_is_in_float32(dtype: torch.dtype):
 
 def test_channels_last_gives_the_same():
     vae, z, frames = seeded(UNEVEN), normal(1, 4, 3, 2, 3), normal(1, 3, 5, 16, 32)
-    last = laid_out(copied(vae))
+    last = laid_out(deepcopy(vae))
     assert last.decoder.mid.block_1.conv1.conv.weight.stride(1) == 1
     out, state = last.decode(z[:, :, :2].contiguous(memory_format=torch.channels_last_3d), {})
     truth, own = vae.decode(z[:, :, :2], {})
@@ -296,7 +274,7 @@ def test_channels_last_gives_the_same():
 def test_a_compiler_sees_one_graph_and_the_same_values():
     vae, z = seeded(SHALLOW), normal(1, 4, 2, 1, 2)
     whole, _ = vae.decode(z, {})
-    compiled = copied(vae)
+    compiled = deepcopy(vae)
     compiled.decoder.compile(backend="eager", fullgraph=True)
     frames, _ = streamed(compiled, z, (1, 1))  # the fresh pass must not be taken for the second
     assert relative(frames, whole) <= 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hy_golden import normal, relative
+from hy_variants import streamed
 from wan_tiny import VAE, codec, codec_json
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.decoder import VideoDecoder
@@ -49,14 +51,6 @@ def latents(count: int, seed: int = 0, batch: int = 1) -> Tensor:
 
 def clip(frames: int, config: WanVAEConfig = VAE) -> Tensor:
     return normal(1, 3, frames, 2 * config.space, 3 * config.space).clamp(-1, 1)
-
-
-def streamed(vae: WanVAE, z: Tensor, split: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    state, parts = dict[str, Tensor](), list[Tensor]()
-    for part in z.split(split, 2):
-        frames, state = vae.decode(part, state)
-        parts.append(frames)
-    return torch.cat(parts, 2), state
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -128,8 +122,7 @@ def test_a_batch_equals_its_worlds():
 
 
 def test_convolutions_see_channels_last_memory_whatever_came_in(monkeypatch: pytest.MonkeyPatch):
-    vae, z, plain, seen = WanVAE(VAE).eval(), latents(2), PastConv._conv_forward, list[bool]()
-    vae.load_state_dict(codec().state_dict())
+    vae, z, plain, seen = deepcopy(codec()), latents(2), PastConv._conv_forward, list[bool]()
     assert laid_out(vae).decoder.conv_in.weight.stride(1) == 1
 
     def looked_at(self: PastConv, x: Tensor, *given: Any) -> Tensor:
@@ -172,9 +165,7 @@ def test_latents_are_normalised_by_their_statistics():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_runs(dtype: torch.dtype):
-    half = WanVAE(VAE).eval()
-    half.load_state_dict(codec().state_dict())
-    half, z = half.to(dtype), latents(3)
+    half, z = deepcopy(codec()).to(dtype), latents(3)
     out, state = streamed(half, z, (1, 2))  # latents in float32 are taken, too
     assert {out.dtype, *(tensor.dtype for tensor in state.values())} == {dtype}
     tolerance = 0.1 if dtype == torch.bfloat16 else 0.02
@@ -244,7 +235,7 @@ def test_bad_inputs_are_named():
 
 def test_a_clips_first_frame_is_not_seen_by_those_that_doubling_makes():
     """The convolution over time that doubles frames begins with zeros behind the first one, as diffusers' does."""
-    upsampler, x = codec().decoder.up_blocks[0].upsampler, normal(1, 32, 3, 2, 3)
+    upsampler, x = deepcopy(codec().decoder.up_blocks[0].upsampler), normal(1, 32, 3, 2, 3)
     upsampler.time_conv.name = "upsampler.time_conv"
     made = upsampler(x, Memory({}))
     other = upsampler(torch.cat([-x[:, :, :1], x[:, :, 1:]], 2), Memory({}))
