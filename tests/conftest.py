@@ -23,6 +23,12 @@ from worldstride.models.courtyard.weights import random_network
 TINY = CourtyardConfig(size=24, width=64, depth=2, heads=1, refine=6, memory=2, window=4)
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> CourtyardConfig:
     return TINY

@@ -23,13 +23,9 @@ from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.placed import FIRST
 from worldstride.protocol import Conditions, Costed, KeepsLatents, Recalled
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 # Places

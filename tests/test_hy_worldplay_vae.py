@@ -23,16 +23,12 @@ from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.vae_layers import ChannelNorm, laid_out, shuffle, unshuffle
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 UNEVEN = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 32, 32), layers_per_block=1)
 """Other widths than the golden case's: channels are repeated and averaged in groups of several sizes."""
 SHALLOW = replace(UNEVEN, block_out_channels=(8, 8, 16), ffactor_spatial=4)
 UNMATCHED = replace(UNEVEN, downsample_match_channel=False, upsample_match_channel=False)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @cache

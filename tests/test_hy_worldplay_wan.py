@@ -22,15 +22,11 @@ from worldstride.models.hy_worldplay import places, two_streams
 from worldstride.models.hy_worldplay.wan import WanBlock, WanConfig, WanFrames, WanNetwork
 from worldstride.models.hy_worldplay.wan_weights import build, sources
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 TOKENS, WORDS = ROWS * COLUMNS, 7
 ADDED = ("action_embedder", "to_out_prope")
 """What diffusers' network does not have."""
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @cache

@@ -41,15 +41,11 @@ from worldstride.protocol import Conditions
 from worldstride.session import step_together
 from worldstride.testing import check_model
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 WALK = (FORWARD, RIGHT, RIGHT, FORWARD, LEFT, LEFT, BACK)
 """Seven chunks: the last two have more behind them than the context holds."""
 CONTEXTS = [0, 4, 8, 12, 16, 16, 16]
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from worldstride.models.hy_worldplay.vae_layers import Memory, laid_out
 from worldstride.models.hy_worldplay.wan_vae import WanVAE, WanVAEConfig
 from worldstride.models.hy_worldplay.wan_vae_layers import PastConv, plus_spread
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 CONFIGS = {
     "like the published": replace(VAE, base_dim=2, num_res_blocks=2),
     "time first": replace(VAE, temperal_downsample=(True, True, False)),
@@ -27,12 +29,6 @@ CONFIGS = {
     "steep": replace(VAE, dim_mult=(1, 4, 4, 4)),
     "shallow": replace(VAE, dim_mult=(2, 4, 4), temperal_downsample=(True, True)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @cache
