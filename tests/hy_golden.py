@@ -30,6 +30,8 @@ GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 CPU = torch.device("cpu")
 VAE = VAEConfig(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1)
 """Smaller than the golden case's, which takes a second for a chunk."""
+VAE_JSON = {"latent_channels": 4, "block_out_channels": [8] * 5, "layers_per_block": 1, "shift_factor": None}
+"""The same as its `config.json` tells it."""
 HEIGHT, WIDTH = 32, 48
 """Pixels of the sessions that are not golden: 2 x 3 latent pixels."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from worldstride import Acceleration, Action, Session
 from worldstride.models.hy_worldplay.decoder import VideoCodec
@@ -32,3 +35,24 @@ def streamed(vae: VideoCodec, z: Tensor, split: tuple[int, ...]) -> tuple[Tensor
         frames, state = vae.decode(part, state)
         parts.append(frames)
     return torch.cat(parts, 2), state
+
+
+def write_vae(folder: Path, vae: nn.Module, config: Mapping[str, object]) -> None:
+    """A new folder with a VAE's weights and `config.json`."""
+    folder.mkdir(parents=True)
+    tensors = {name: t.contiguous() for name, t in vae.state_dict().items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Other weights in the same file."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether each tensor of `a` is that of `b`, bit for bit."""
+    theirs = b.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in a.state_dict().items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -15,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import worldstride
-from hy_golden import CPU, VAE, golden, network, normal, relative, vae
-from hy_variants import FORWARD, RIGHT, latents
+from hy_golden import CPU, VAE, VAE_JSON, golden, network, normal, relative, vae
+from hy_variants import FORWARD, RIGHT, latents, same_weights, write_vae
 from worldstride import Acceleration, Action, Engine, Session
 from worldstride.acceleration import AttentionReuse, resolve
 from worldstride.attention import Attend, Selection, Sparsity, attend
@@ -392,11 +391,7 @@ def published(tmp_path: Path) -> Path:
     folder.mkdir()
     save_file(dict(golden().published), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(golden().metadata["config"])
-    (tmp_path / "vae").mkdir()
-    tensors = {name: t.contiguous() for name, t in vae().state_dict().items()}
-    save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    shape = {"latent_channels": 4, "block_out_channels": [8] * 5, "layers_per_block": 1, "shift_factor": None}
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(shape))
+    write_vae(tmp_path / "vae", vae(), VAE_JSON)
     return folder
 
 
@@ -404,8 +399,7 @@ def test_the_published_folder_is_this_model(published: Path):
     of = worldstride.load("hy_worldplay", path=published, device="cpu", dtype=torch.float32).model
     assert isinstance(of, HYJoint)
     assert (of.steps, of.guidance, of.sampler().sigmas[1]) == (50, 6.0, pytest.approx(4.9 / 4.92))
-    theirs = network().state_dict()
-    assert all(torch.equal(t, theirs[name]) for name, t in of.network.state_dict().items())
+    assert same_weights(of.network, network())
     assert of.chunk(0) == ChunkShape(
         16, 61, window=12, memory=16, sink=4, clip=4, last_frames=tuple(range(0, 61, 4))
     )  # fmt: skip

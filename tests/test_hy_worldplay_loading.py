@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import worldstride
-from hy_golden import CPU, HEIGHT, VAE, WIDTH, golden, model, network, normal, relative, vae
+from hy_golden import CPU, HEIGHT, VAE, VAE_JSON, WIDTH, golden, model, network, normal, relative, vae
+from hy_variants import rewrite, same_weights, write_vae
 from worldstride.attention import attend
 from worldstride.attention.streams import Places
 from worldstride.cli import main
@@ -28,15 +29,6 @@ from worldstride.models.hy_worldplay.weights import build, sources
 
 VARIANT = next(iter(VARIANTS))
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-VAE_JSON = {"latent_channels": 4, "block_out_channels": [8] * 5, "layers_per_block": 1, "shift_factor": None}
-
-
-def write_vae(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    save_file(
-        {k: v.contiguous() for k, v in vae().state_dict().items()}, folder / "diffusion_pytorch_model.safetensors"
-    )
-    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLConv3D", **VAE_JSON}))
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -54,15 +46,8 @@ def published(tmp_path: Path) -> Path:
     (folder / VARIANT).mkdir(parents=True)
     save_file(dict(golden().published), folder / VARIANT / "model.safetensors")
     (folder / VARIANT / "config.json").write_text(golden().metadata["config"])
-    write_vae(folder / "vae")
+    write_vae(folder / "vae", vae(), {"_class_name": "AutoencoderKLConv3D", **VAE_JSON})
     return folder
-
-
-def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Other weights in the same file."""
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
 
 
 def loaded(path: Path, **other: Any) -> tuple[HYWorldPlay, str]:
@@ -85,8 +70,7 @@ def velocity(of: HYNetwork) -> Tensor:
 
 def is_golden(of: HYNetwork) -> bool:
     """The same weights, and the same velocity but for rounding, which is another where memory is aligned otherwise."""
-    theirs, close = network().state_dict(), relative(velocity(of), velocity(network())) <= 1e-5
-    return close and all(torch.equal(tensor, theirs[name]) for name, tensor in of.state_dict().items())
+    return same_weights(of, network()) and relative(velocity(of), velocity(network())) <= 1e-5
 
 
 def test_published_files_give_the_golden_network(published: Path):
@@ -326,9 +310,8 @@ def test_random_weights_are_seeded():
     )
     assert torch.equal(torch.get_rng_state(), state)
     for part in (lambda m: m.network, lambda m: m.decoder.vae):
-        first, again, third = (part(m).state_dict() for m in (one, same, other))
-        assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-        assert any(not torch.equal(tensor, third[name]) for name, tensor in first.items())
+        assert same_weights(part(one), part(same))
+        assert not same_weights(part(one), part(other))
     assert bool(velocity(one.network).isfinite().all())
     assert one.latent_shape == model().latent_shape
 

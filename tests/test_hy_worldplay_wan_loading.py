@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import worldstride
 from hy_golden import CPU
+from hy_variants import rewrite, same_weights, write_vae
 from wan_tiny import COLUMNS, ROWS, TINY, VAE, codec, codec_json, described, published, states
 from worldstride import Action
 from worldstride.cli import main
@@ -35,14 +35,6 @@ def pickled(tensors: dict[str, Any], file: Path, entry: str = "generator", **oth
     torch.save({entry: {names[n]: t for n, t in tensors.items()}, **other}, file)
 
 
-def write_codec(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    save_file(
-        {k: v.contiguous() for k, v in codec().state_dict().items()}, folder / "diffusion_pytorch_model.safetensors"
-    )
-    (folder / "config.json").write_text(json.dumps(codec_json()))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder as the model is published, with tiny weights; the base's config is all that is there of the base."""
@@ -51,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "wan_transformer").mkdir()
     pickled(published(), root / "wan_distilled_model" / "model.pt")
     (root / "wan_transformer" / "config.json").write_text(json.dumps(described()))
-    write_codec(root / CODEC / "vae")
+    write_vae(root / CODEC / "vae", codec(), codec_json())
     return root
 
 
@@ -62,11 +54,9 @@ def loaded(path: Path, name: str = "hy_worldplay_wan", **other: Any) -> tuple[Wa
 
 
 def is_tiny(of: WanWorldPlay) -> bool:
-    truth = build(TINY, published(), "the tiny file", CPU).state_dict()
-    same = all(torch.equal(tensor, truth[name]) for name, tensor in of.network.state_dict().items())
-    vae, known = of.decoder.vae, codec().state_dict()
+    vae = of.decoder.vae
     assert isinstance(vae, torch.nn.Module)
-    return same and all(torch.equal(tensor, known[name]) for name, tensor in vae.state_dict().items())
+    return same_weights(of.network, build(TINY, published(), "the tiny file", CPU)) and same_weights(vae, codec())
 
 
 def test_published_files_give_the_network(folder: Path):
@@ -112,9 +102,7 @@ def test_a_fingerprint_tells_one_weight_from_another(folder: Path, where: str):
     assert loaded(folder)[1] == before
     if where == "vae":
         file = folder / CODEC / "vae" / "diffusion_pytorch_model.safetensors"
-        tensors = load_file(file)
-        tensors["decoder.conv_in.bias"][0] += 1
-        save_file(tensors, file)
+        rewrite(file, lambda t: t["decoder.conv_in.bias"][0].add_(1))
     else:
         tensors = {n: t.clone() for n, t in published().items()}
         tensors["proj_out.bias"][0] += 1
@@ -230,8 +218,7 @@ def test_configurations_that_do_not_fit_are_named(folder: Path):
     refused(folder, "HY-WorldPlay: unknown VAE setting 'z_dims'")
     vae.write_text(json.dumps({**codec_json(), "base_dim": 8}))
     refused(folder, "tensors do not fit the configuration; first encoder")
-    tensors = {n: t for n, t in codec().state_dict().items() if n != "quant_conv.bias"}
-    save_file(tensors, vae.parent / "diffusion_pytorch_model.safetensors")
+    rewrite(vae.parent / "diffusion_pytorch_model.safetensors", lambda t: t.pop("quant_conv.bias"))
     vae.write_text(json.dumps(codec_json()))
     refused(folder, r"vae is no VAE of its configuration: 1 \(quant_conv.bias\) missing, none unknown")
 
@@ -257,9 +244,8 @@ def test_random_weights_are_seeded():
     one, same, other = (random_wan(TINY, VAE, CPU, torch.float32, *size, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     for part in (lambda m: m.network, lambda m: m.decoder.vae):
-        first, again, third = (part(m).state_dict() for m in (one, same, other))
-        assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-        assert any(not torch.equal(tensor, third[name]) for name, tensor in first.items())
+        assert same_weights(part(one), part(same))
+        assert not same_weights(part(one), part(other))
     assert one.latent_shape == (4, 2 * ROWS, 2 * COLUMNS)
 
 
