@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from worldstride.camera import camera_from_pose
-from worldstride.context.history import TURN_METRES, History, Remembered, camera_distance
+from worldstride.context.history import TURN_METRES, History, Remembered, Shown, camera_distance
 from worldstride.control import Action
 from worldstride.errors import InputError
 
@@ -162,6 +162,6 @@ def test_older_latents_may_stay_on_the_device_until_they_are_settled(monkeypatch
     where = torch.eye(4).expand(8, 4, 4)
     entries = [torch.tensor(float(n)) for n in range(8)]
     for entry in entries:
-        history._entries.append(Remembered(history._total, entry, where[0], None))
+        history._entries.append(Remembered(history._total, entry, where[0], None, Shown(where[:1])))
     history.settle()
     assert moved == [5, 4, 3]  # 0 to 2 are there, 6 and 7 are the newest

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("camera", "parallel", "precision", "rope", "rows"), PRIMITIVES),
     "worlds": {"camera", "errors"},
     "trajectory": {"atomic", "camera", "control", "errors"},
-    "navigation": {"camera", "control", "worlds"},
+    "navigation": {"camera", "control", "protocol", "worlds"},
     "playing": {"camera", "control", "errors", "protocol", "trajectory"},
     "protocol": {"attention", "camera", "control", "errors"},
     "models": PRIMITIVES | {"control", "picture", "protocol", "savefile", "denoising.schedule"},

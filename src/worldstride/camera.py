@@ -70,7 +70,12 @@ def relative(cameras: Tensor, reference: Tensor) -> Tensor:
 
 
 def between(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Cameras [steps, 4, 4] on the way from start to end [4, 4], evenly spaced, the last one `end` itself.
+    """Cameras [steps, 4, 4] on the way from start to end [4, 4], evenly spaced, the last one `end` itself."""
+    return torch.stack([*(toward(start, end, (i + 1) / steps) for i in range(steps - 1)), end])
+
+
+def toward(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Camera [4, 4] after a share of the way from start to end [4, 4].
 
     The eye moves straight, the view turns about one axis; by half a turn any axis would do, and one is taken.
     """
@@ -82,17 +87,13 @@ def between(start: Tensor, end: Tensor, steps: int) -> Tensor:
         axis = still[:, int(still.diagonal().argmax())]
     axis = axis / axis.norm().clamp_min(1e-30)
     x, y, z = axis.unbind()
-    o = torch.zeros_like(x)
+    o, part = torch.zeros_like(x), angle * share
     cross = torch.stack([o, -z, y, z, o, -x, -y, x, o]).view(3, 3)
-    made = start[None].repeat(steps, 1, 1)
-    for i in range(steps):
-        share = (i + 1) / steps
-        part = angle * share
-        spin = torch.eye(3, dtype=turn.dtype, device=turn.device) + part.sin() * cross
-        spin = spin + (1 - part.cos()) * (cross @ cross)  # Rodrigues' formula
-        made[i, :3, :3] = start[:3, :3] @ spin.to(start)
-        made[i, :3, 3] = torch.lerp(start[:3, 3], end[:3, 3], share)
-    made[-1] = end
+    spin = torch.eye(3, dtype=turn.dtype, device=turn.device) + part.sin() * cross
+    spin = spin + (1 - part.cos()) * (cross @ cross)  # Rodrigues' formula
+    made = start.clone()
+    made[:3, :3] = start[:3, :3] @ spin.to(start)
+    made[:3, 3] = torch.lerp(start[:3, 3], end[:3, 3], share)
     return made
 
 

@@ -26,8 +26,8 @@ from worldstride.context.retrieval import frustum_points
 from worldstride.control import ControlSettings
 from worldstride.errors import InputError, integer_from
 from worldstride.models.registry import find
-from worldstride.navigation import FreeNavigator, Navigator, SceneNavigator
-from worldstride.protocol import BeginsWithImage, Compilable, EncodesPrompt, Recalls, WorldModel
+from worldstride.navigation import FreeNavigator, SceneNavigator
+from worldstride.protocol import BeginsWithImage, Compilable, EncodesPrompt, Navigates, Navigator, Recalls, WorldModel
 from worldstride.session import Session
 from worldstride.state import SessionState
 
@@ -145,7 +145,11 @@ class Engine:
             raise InputError(
                 f"open needs as many cameras as frames and at least one, got {len(poses)} and {len(pictures)}"
             )
-        return self._begin(pictures, poses, seed, noise_seed, dict(prompt or {}), points, FreeNavigator(self.controls))
+        return self._begin(pictures, poses, seed, noise_seed, dict(prompt or {}), points, self.navigator(self.controls))
+
+    def navigator(self, settings: ControlSettings) -> Navigator:
+        """What moves the camera outside procedural worlds, as the model has it."""
+        return self.model.navigator(settings) if isinstance(self.model, Navigates) else FreeNavigator(settings)
 
     def sample(
         self, seed: int = 0, noise_seed: int | None = None, frames: Tensor | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,26 +14,15 @@ PITCH_LIMIT = 1.4
 """Radians of pitch that a free camera may reach."""
 
 
-class Navigator(Protocol):
-    """Moves the camera."""
-
-    @property
-    def settings(self) -> ControlSettings:
-        """How it reads actions; a save keeps them."""
-        ...
-
-    def cameras(self, start: Tensor, actions: Sequence[Action], first_frame: int) -> Tensor:
-        """Cameras [F, 4, 4] of the frames that follow `start` [4, 4], one action a frame."""
-        ...
-
-
 class FreeNavigator:
     """Walks in the plane of the start camera's height; nothing stands in the way."""
 
     def __init__(self, settings: ControlSettings) -> None:
         self.settings = settings
 
-    def cameras(self, start: Tensor, actions: Sequence[Action], first_frame: int) -> Tensor:
+    def cameras(
+        self, start: Tensor, actions: Sequence[Action], first_frame: int, before: Action | None = None
+    ) -> Tensor:
         """See `Navigator.cameras`. Yaw turns about the world's vertical, pitch about the camera's own right axis."""
         pose, height = camera.pose_from_camera(start), start[1, 3]
         out = []
@@ -58,7 +46,9 @@ class SceneNavigator:
     def __init__(self, settings: ControlSettings, scene: worlds.Scene) -> None:
         self.settings, self._scene = settings, scene.to(torch.device("cpu"))
 
-    def cameras(self, start: Tensor, actions: Sequence[Action], first_frame: int) -> Tensor:
+    def cameras(
+        self, start: Tensor, actions: Sequence[Action], first_frame: int, before: Action | None = None
+    ) -> Tensor:
         """See `Navigator.cameras`; doors are where they are at each frame's time."""
         pose = camera.pose_from_camera(start)[None]
         out = []

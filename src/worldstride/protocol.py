@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from worldstride.attention import Attend
-from worldstride.control import Action
+from worldstride.control import Action, ControlSettings
 from worldstride.errors import InputError
 
 Kind = Literal["recent", "memory", "sink"]
@@ -61,6 +61,12 @@ class ChunkShape:
         if self.last_frames is not None:
             return self.last_frames
         return tuple(-(-(i + 1) * self.frames // self.new) - 1 for i in range(self.new))
+
+    @property
+    def shown(self) -> tuple[slice, ...]:
+        """For each new latent, the frames of the chunk that are its: after the one before's up to its camera's."""
+        ends = self.latent_frames
+        return tuple(slice(before + 1, end + 1) for before, end in zip((-1, *ends[:-1]), ends, strict=True))
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,12 @@ class Conditions:
     """What the model made of the prompt (see `EncodesPrompt`), or None."""
     led: tuple[Led, ...] = ()
     """What led to each new latent, in a model's own labels (see `LabelsMotion`); empty for others."""
+    past_actions: tuple[Action, ...] = ()
+    """One action for each frame of the re-imposed latents; empty where one is not known."""
 
 
+Inputs = Any
+"""What `prepare` made of the conditions, once a chunk; opaque to the loop."""
 Led = Action | int | None
 """What led to a latent: an action, a model's own label (see `LabelsMotion`), or nothing that is known."""
 
@@ -139,14 +149,21 @@ class Recalled:
     """What the model made of the prompt (see `EncodesPrompt`), or None."""
     whole: int | None = None
     """Latents of the whole context that these are a part of; None where they are all of it."""
+    numbers: tuple[int, ...] = ()
+    """Number of each latent in its world, from 0; may be empty."""
+    inputs: tuple[Inputs, ...] = ()
+    """What `prepare` made of the coming chunk; may be empty."""
 
     def part(self, places: Sequence[int], latents: Tensor) -> Recalled:
         """Those at some places, whose latents are these [B, n, ...]."""
         rows = list(places)
         cameras, positions, kinds = self.cameras[:, rows], self.positions[rows], self.kinds[rows]
-        led = tuple(self.led[i] for i in rows) if self.led else ()
+        led, numbers = (tuple(of[i] for i in rows) if of else () for of in (self.led, self.numbers))
         whole = len(self.positions) if self.whole is None else self.whole
-        return replace(self, latents=latents, cameras=cameras, positions=positions, kinds=kinds, led=led, whole=whole)
+        return replace(
+            self, latents=latents, cameras=cameras, positions=positions, kinds=kinds, led=led, whole=whole,
+            numbers=numbers,
+        )  # fmt: skip
 
 
 class Context(Protocol):
@@ -161,10 +178,6 @@ class Context(Protocol):
     def bytes(self) -> int:
         """Bytes that it holds."""
         ...
-
-
-Inputs = Any
-"""What `prepare` made of the conditions, once a chunk; opaque to the loop."""
 
 
 @runtime_checkable
@@ -264,6 +277,53 @@ class Recalls(Protocol):
 
     def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
         """How much of the coming views each of cameras [N, 4, 4] shows, in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class FillsSlots(Protocol):
+    """A model that brings back single frames, one for each of several coming views. No model needs to be one.
+
+    It makes all of a batch's worlds with the same memory.
+    """
+
+    def fill(self, frames: Tensor, places: Sequence[int], coming: Tensor, count: int) -> tuple[list[int], list[float]]:
+        """Places of the latents in `count` slots, which may repeat, and how much of its view each slot shows.
+
+        `frames` [F, 4, 4] are cameras of all frames that may be brought back, in order of time, `places` the places of
+        the latents that show them, `coming` [T, 4, 4] the new latents' cameras.
+        """
+        ...
+
+    def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
+        """See `Recalls.shown`; the points are the session's, which this model has no use for."""
+        ...
+
+
+class Navigator(Protocol):
+    """Moves the camera."""
+
+    @property
+    def settings(self) -> ControlSettings:
+        """How it reads actions; a save keeps them."""
+        ...
+
+    def cameras(
+        self, start: Tensor, actions: Sequence[Action], first_frame: int, before: Action | None = None
+    ) -> Tensor:
+        """Cameras [F, 4, 4] of the frames that follow `start` [4, 4], one action a frame.
+
+        `before` is the action of the frame at `start`, where it is known.
+        """
+        ...
+
+
+@runtime_checkable
+class Navigates(Protocol):
+    """A model whose cameras follow actions in a way of its own. No model needs to be one."""
+
+    def navigator(self, settings: ControlSettings) -> Navigator:
+        """What moves the camera."""
         ...
 
 

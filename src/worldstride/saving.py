@@ -13,13 +13,13 @@ from torch import Tensor
 from worldstride import worlds
 from worldstride.acceleration import Acceleration
 from worldstride.context.dynamics import Dynamics
-from worldstride.context.history import History, Remembered
+from worldstride.context.history import History, Remembered, Shown
 from worldstride.context.kept import KeptLatents
 from worldstride.context.policy import PolicyState
 from worldstride.control import Action, ControlSettings
 from worldstride.engine import Engine, EngineSource, load
 from worldstride.errors import SaveFileError, WorldstrideError
-from worldstride.navigation import FreeNavigator, SceneNavigator
+from worldstride.navigation import SceneNavigator
 from worldstride.savefile import read_save, write_save
 from worldstride.session import Session
 from worldstride.state import SessionState
@@ -35,6 +35,7 @@ def save_session(
         if entries
         else torch.empty(0, *engine.model.latent_shape),
         "cameras": state.history.cameras(),
+        "frame_cameras": torch.cat([torch.empty(0, 4, 4), *(e.shown.cameras for e in entries)]),
         "camera": state.camera,
         "points": state.points,
         **{f"decoder.{k}": v.cpu() for k, v in state.decoder.items()},
@@ -44,7 +45,10 @@ def save_session(
         tensors["intrinsics"] = state.intrinsics
     if state.kept.records:
         tensors["kept"] = torch.stack([t.cpu() for t in state.kept.records.values()])
-    history = state.history
+    history, table = state.history, dict[Action, int]()
+    for entry in entries:  # most actions are held for long
+        for action in entry.shown.actions:
+            table.setdefault(action, len(table))
     header = {
         "engine": asdict(engine.source),
         "controls": asdict(controls),
@@ -58,6 +62,9 @@ def save_session(
         "history": {"limit": history.limit, "hot": history.hot, "sink": history.sink, "clip": history.clip},
         "indices": [e.index for e in entries],
         "actions": [e.led.to_json() if isinstance(e.led, Action) else e.led for e in entries],
+        "frames": [len(e.shown.cameras) for e in entries],
+        "action_table": [action.to_json() for action in table],
+        "frame_actions": [[table[action] for action in e.shown.actions] for e in entries],
     }
     write_save(path, header, tensors)
 
@@ -104,7 +111,7 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
             raise
         raise SaveFileError(f"{path} is no complete session: {type(error).__name__} {error}") from error
     if state.world is None:
-        navigator = FreeNavigator(controls)
+        navigator = engine.navigator(controls)
     else:
         family, seed = state.world
         navigator = SceneNavigator(controls, worlds.scene_from_seed(family, [seed]))
@@ -112,7 +119,10 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
 
 
 def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Engine) -> SessionState:
-    rows = zip(header["indices"], tensors["latents"], tensors["cameras"], header["actions"], strict=True)
+    rows = zip(
+        header["indices"], tensors["latents"], tensors["cameras"], header["actions"], _shown(header, tensors),
+        strict=True,
+    )  # fmt: skip
     bank = header["history"]
     hot = len(header["indices"]) - int(bank["hot"])
     entries = tuple(
@@ -121,8 +131,9 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
             latent if i < hot else latent.to(engine.device),
             pose,
             led if led is None or isinstance(led, int) else Action.from_json(led),
+            shown,
         )
-        for i, (index, latent, pose, led) in enumerate(rows)
+        for i, (index, latent, pose, led, shown) in enumerate(rows)
     )
     world = header["world"]
     return SessionState(
@@ -141,6 +152,16 @@ def _state(header: Mapping[str, Any], tensors: Mapping[str, Tensor], engine: Eng
         policy=_policy(header.get("policy")),
         kept=_kept(header.get("kept"), tensors, engine),
     )
+
+
+def _shown(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Shown]:
+    """Of every latent."""
+    if "frames" not in header:  # saved before frames were remembered
+        return [Shown(pose[None]) for pose in tensors["cameras"]]
+    table = [Action.from_json(action) for action in header["action_table"]]
+    parts = tensors["frame_cameras"].split([int(n) for n in header["frames"]])
+    known = header["frame_actions"]
+    return [Shown(part, tuple(table[i] for i in rows)) for part, rows in zip(parts, known, strict=True)]
 
 
 def _kept(values: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], engine: Engine) -> KeptLatents:

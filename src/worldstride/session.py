@@ -21,9 +21,17 @@ from worldstride.control import Action, actions_per_frame
 from worldstride.denoising.policy import plan_denoising
 from worldstride.denoising.stopwatch import Stopwatch
 from worldstride.errors import InputError, integer_from
-from worldstride.navigation import Navigator
 from worldstride.playing import Per
-from worldstride.protocol import ChunkShape, EncodesPrompt, KeepsLatents, LabelsMotion, Led, Recalls
+from worldstride.protocol import (
+    ChunkShape,
+    EncodesPrompt,
+    FillsSlots,
+    KeepsLatents,
+    LabelsMotion,
+    Led,
+    Navigator,
+    Recalls,
+)
 from worldstride.state import Chunk, SessionState, moved_on, shown
 from worldstride.stepping import Made, Pending, carry_out, grouped
 from worldstride.trajectory import Trajectory
@@ -105,7 +113,7 @@ class Session:
         settings = in_force(self._acceleration, state.chunk)
         lookup = Lookup(
             state.history, shape, frame_cameras, state.points, intrinsics, settings.window, settings.memory,
-            recall=recall, rule=model if isinstance(model, Recalls) else None,
+            recall=recall, rule=model if isinstance(model, (Recalls, FillsSlots)) else None,
         )  # fmt: skip
         view = self._view(settings, intrinsics)
         wanted = Wanted(lookup, state.policy, settings.temporal, settings.spatial, view)
@@ -225,9 +233,13 @@ class Session:
         if cameras is None:
             actions, start = actions_per_frame(Action() if action is None else action, frames), self._state.camera
             if self._state.frame:
-                return self._navigator.cameras(start, actions, self._state.frame), actions
+                last = self._state.history.entries[-1:]
+                before = last[0].shown.actions[-1] if last and last[0].shown.actions else None
+                return self._navigator.cameras(start, actions, self._state.frame, before), actions
             moving = actions[1:]  # a world's very first frame is seen from where it begins
-            rest = self._navigator.cameras(start, moving, 1) if moving else start[None, :0].view(0, 4, 4)
+            rest = start[None, :0].view(0, 4, 4)
+            if moving:
+                rest = self._navigator.cameras(start, moving, 1, actions[0])
             return torch.cat([start[None], rest]), actions
         if action is not None:
             raise InputError("step takes an action or cameras, not both")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from worldstride.context.history import History
+from worldstride.context.history import History, Shown
 from worldstride.context.kept import KeptLatents
 from worldstride.context.planning import observe_change
 from worldstride.context.policy import PolicyState
@@ -61,7 +61,8 @@ def moved_on(left: Left) -> SessionState:
     state, shape, settings = p.state, p.shape, p.settings
     history = state.history.fork()
     numbers = [history.entries[i].index for i in p.context.rows]
-    history.append(left.latents, p.cameras[list(shape.latent_frames)], p.led, settle=False)
+    shown = [Shown(p.cameras[frames], p.actions[frames]) for frames in shape.shown]
+    history.append(left.latents, p.cameras[list(shape.latent_frames)], p.led, settle=False, shown=shown)
     policy, kept = p.policy, state.kept
     if settings.temporal is not None:
         policy = observe_change(history, shape, settings.temporal.weight, policy)

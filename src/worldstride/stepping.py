@@ -27,6 +27,8 @@ from worldstride.protocol import (
     ChunkShape,
     Conditions,
     Context,
+    FillsSlots,
+    Inputs,
     KeepsLatents,
     LabelsMotion,
     Led,
@@ -79,6 +81,9 @@ class Pending:
         sees = self.settings.kept.sees if self.settings.kept is not None else "all"
         how, entries = self.denoising.batching(isinstance(self.session.engine.model, Narrows)), state.history.entries
         led = (*(entries[i].led for i in plan.rows), None, *self.led)
+        if isinstance(self.session.engine.model, FillsSlots):
+            past = entries[len(entries) - self.shape.clean :]
+            led = (*led, *(entries[i].index for i in plan.rows), *(action for e in past for action in e.shown.actions))
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
         where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder, self.settings.sparsity)
         return (*where, *how, self.actions, led, prompt, id(self.session.engine))
@@ -120,7 +125,9 @@ class _Batch:
         absent = self.pending[0].absent
         return self.latents(range(len(self.pending[0].context.rows)) if absent is None else absent)
 
-    def encode(self, latents: Tensor, attend: Attend) -> tuple[Context, list[tuple[Tensor, ...]]]:
+    def encode(
+        self, latents: Tensor, inputs: tuple[Inputs, ...], attend: Attend
+    ) -> tuple[Context, list[tuple[Tensor, ...]]]:
         """The context from the fetched latents, and for each chunk what is kept of them."""
         first, model = self.pending[0], self.model
         positions, kinds = first.context.tables(first.shape.clean)
@@ -128,7 +135,10 @@ class _Batch:
         cameras = torch.stack([p.state.history.cameras(p.context.rows) for p in self.pending])
         settings = first.settings.kept
         led = tuple(first.state.history.entries[i].led for i in first.context.rows)
-        recalled = Recalled(latents, cameras, positions, kinds, led, self.intrinsics, first.encoded)
+        numbers = tuple(first.state.history.entries[i].index for i in first.context.rows)
+        recalled = Recalled(
+            latents, cameras, positions, kinds, led, self.intrinsics, first.encoded, numbers=numbers, inputs=inputs
+        )
         if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
             return model.encode_context(recalled, None, attend), [()] * len(self.pending)
@@ -152,15 +162,20 @@ class _Batch:
         """What the chunks are conditioned on."""
         first, model = self.pending[0], self.model
         shape, cameras, clean = first.shape, [p.cameras[list(first.shape.latent_frames)] for p in self.pending], None
+        past = list[Action]()
         if shape.clean:
             banks = [p.state.history for p in self.pending]
             rows = [list(range(len(h) - shape.clean, len(h))) for h in banks]
             pairs = list(zip(banks, rows, strict=True))
             clean = torch.stack([h.latents(r, model.device, model.latent_shape) for h, r in pairs])
             cameras = [torch.cat([h.cameras(r), c]) for (h, r), c in zip(pairs, cameras, strict=True)]
+            entries = banks[0].entries[-shape.clean :]
+            if all(len(e.shown.actions) == len(e.shown.cameras) for e in entries):
+                past = [action for e in entries for action in e.shown.actions]
         return Conditions(
             first.state.chunk, torch.stack(cameras), torch.stack([p.cameras for p in self.pending]), self.intrinsics,
             first.actions, torch.arange(-shape.clean, shape.new), clean, first.state.prompt, first.encoded, first.led,
+            tuple(past),
         )  # fmt: skip
 
     @property
@@ -268,7 +283,7 @@ def begin(group: Sequence[Pending]) -> Begun:
     latents, noise, conditions = batch.fetch(), batch.noise(0), batch.conditions()
     watch.mark()
     inputs = model.prepare(conditions)  # before the context, whose work a transfer would wait for
-    context, kept = batch.encode(latents, attend)
+    context, kept = batch.encode(latents, inputs, attend)
     watch.mark()
     plans = [p.denoising for p in group]
     run = Denoising(model, noise, inputs, context, plans, attend, lambda i: batch.noise(i + 1))

@@ -50,6 +50,11 @@ class _Case:
     conditions: Conditions
     noise: Tensor
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the remembered latents in their world."""
+        return tuple(range(self.latents.shape[1]))
+
 
 def check_model(
     model: WorldModel, prompt: Mapping[str, Tensor] | None = None, chunks: tuple[int, ...] = (0, 1), seed: int = 0
@@ -99,7 +104,7 @@ def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
         "other noise gave the same latents: the noise that is passed in must be honoured",
     )
     _check(
-        not torch.equal(first, _denoise(model, case, model.prepare(_steered(model, case, other)), context, case.noise)),
+        not torch.equal(first, _rollout(model, replace(case, conditions=_steered(model, case, other)))),
         "other cameras and actions gave the same latents: the chunk's conditions are ignored",
     )
     _check_context(model, case, other, first, context, inputs)
@@ -127,7 +132,7 @@ def _check_context(
         not torch.equal(first, changed), "other context cameras gave the same chunk: the context's cameras are ignored"
     )
     with _untouched(case.latents, case.cameras):
-        again = model.encode_context(_recalled(case), context, attend)
+        again = model.encode_context(_recalled(model, case), context, attend)
     _check(
         torch.equal(first, _denoise(model, case, inputs, again, case.noise)),
         "encoding the same context with `previous` given changed the chunk",
@@ -187,7 +192,8 @@ def _check_given(model: WorldModel, case: _Case, inputs: tuple[object, ...], fir
     with _untouched(case.noise):
         once = model.clamp(case.noise, inputs[0])
     _check(torch.equal(once, model.clamp(once, inputs[0])), "clamp must be idempotent")
-    _check(torch.equal(once[:, head:], case.noise[:, head:]), "clamp must leave new latents alone")
+    image = int(isinstance(model, BeginsWithImage) and case.conditions.index == 0)  # a world's first latent may be its
+    _check(torch.equal(once[:, head + image :], case.noise[:, head + image :]), "clamp must leave new latents alone")
     if clean is not None:
         same = torch.allclose(once[:, :head].float(), clean.float(), atol=1e-2, rtol=1e-2)
         _check(same, "clamp must put the given latents at the head of the chunk")
@@ -254,10 +260,13 @@ def _pictures(model: WorldModel, count: int, generator: torch.Generator) -> Tens
     return torch.randint(256, (1, count, *probe.shape[2:4], 3), generator=generator).byte()
 
 
-def _recalled(case: _Case) -> Recalled:
+def _recalled(model: WorldModel, case: _Case) -> Recalled:
     """What the context is made of."""
     made = case.conditions.encoded
-    return Recalled(case.latents, case.cameras, case.positions, case.kinds, case.led, prompt=made)
+    return Recalled(
+        case.latents, case.cameras, case.positions, case.kinds, case.led, prompt=made, numbers=case.numbers,
+        inputs=model.prepare(case.conditions),
+    )  # fmt: skip
 
 
 def _led(model: WorldModel, cameras: Tensor, before: Tensor | None) -> tuple[Led, ...] | None:
@@ -305,7 +314,7 @@ def _steered(model: WorldModel, case: _Case, other: _Case) -> Conditions:
 
 def _context(model: WorldModel, case: _Case) -> Context:
     with _untouched(case.latents, case.cameras):
-        return model.encode_context(_recalled(case), None, attend)
+        return model.encode_context(_recalled(model, case), None, attend)
 
 
 def _denoise(model: WorldModel, case: _Case, inputs: tuple[object, ...], context: Context, noise: Tensor) -> Tensor:
@@ -317,8 +326,9 @@ def _denoise(model: WorldModel, case: _Case, inputs: tuple[object, ...], context
 
 
 def _rollout(model: WorldModel, case: _Case) -> Tensor:
-    context, given = _context(model, case), case.conditions
+    given = case.conditions
     with _untouched(given.cameras, given.frame_cameras, *([] if given.clean is None else [given.clean])):
+        context = _context(model, case)
         return _denoise(model, case, model.prepare(given), context, case.noise)
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from worldstride import camera
+from worldstride.control import Action
 from worldstride.errors import InputError
 from worldstride.protocol import Led
 
 TURN_METRES = 1.0
 """Metres that weigh as much as a turn by one radian when the least telling frame is sought."""
+
+
+class Shown(NamedTuple):
+    """The frames that a latent shows."""
+
+    cameras: Tensor
+    """[n, 4, 4] float32, on the host."""
+    actions: tuple[Action, ...] = ()
+    """What was done in each; empty where nothing is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +39,7 @@ class Remembered:
     """[4, 4] float32, on the host."""
     led: Led
     """What led to it: an action, a number that means something to the model, or nothing that is known."""
+    shown: Shown
 
 
 class History:
@@ -69,10 +82,19 @@ class History:
         """An independent history with the same entries."""
         return History(self.limit, self.hot, self.sink, self.entries, self.clip)
 
-    def append(self, latents: Tensor, cameras: Tensor, led: tuple[Led, ...], settle: bool = True) -> None:
-        """Add latents [T, ...] with cameras [T, 4, 4]; without `settle` older ones stay on the device until then."""
-        for latent, pose, of in zip(latents, cameras.cpu(), led, strict=True):
-            self._entries.append(Remembered(self._total, latent.clone(), pose.clone(), of))
+    def append(
+        self, latents: Tensor, cameras: Tensor, led: tuple[Led, ...], settle: bool = True,
+        shown: Sequence[Shown] | None = None,
+    ) -> None:  # fmt: skip
+        """Add latents [T, ...] with cameras [T, 4, 4]; without `settle` older ones stay on the device until then.
+
+        `shown` tells of each latent's frames; without it each shows one, at its camera.
+        """
+        cameras = cameras.cpu()
+        every = [Shown(one[None]) for one in cameras] if shown is None else shown
+        for latent, pose, of, frames in zip(latents, cameras, led, every, strict=True):
+            own = Shown(frames.cameras.cpu().clone(), frames.actions)
+            self._entries.append(Remembered(self._total, latent.clone(), pose.clone(), of, own))
             self._total += 1
         while len(self._entries) > self.limit:
             first = self._least_telling()
@@ -86,13 +108,12 @@ class History:
             entry = self._entries[i]
             if entry.latent.device.type == "cpu":
                 break  # all before it are there
-            self._entries[i] = Remembered(entry.index, entry.latent.cpu(), entry.camera, entry.led)
+            self._entries[i] = replace(entry, latent=entry.latent.cpu())
 
     def replaced(self, latents: Tensor) -> History:
         """A history whose newest latents are these [T, ...]; cameras and what led to them stay."""
         newest = [
-            Remembered(e.index, latent.clone(), e.camera, e.led)
-            for e, latent in zip(self._entries[-len(latents) :], latents, strict=True)
+            replace(e, latent=latent.clone()) for e, latent in zip(self._entries[-len(latents) :], latents, strict=True)
         ]
         return History(self.limit, self.hot, self.sink, (*self._entries[: -len(latents)], *newest), self.clip)
 

@@ -12,7 +12,7 @@ from worldstride.context import retrieval
 from worldstride.context.gate import PoseScores
 from worldstride.context.history import History
 from worldstride.errors import InputError
-from worldstride.protocol import KINDS, ChunkShape, Recalls
+from worldstride.protocol import KINDS, ChunkShape, FillsSlots, Recalls
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Signals:
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """Places in the history bank that the chunk attends to, each in order of time."""
+    """Places in the history bank that the chunk attends to, each in order of time; slots of a model that `FillsSlots`
+    are in its own order, and may repeat."""
 
     sink: tuple[int, ...]
     memory: tuple[int, ...]
@@ -92,7 +93,7 @@ class Lookup:
     reason: str = "full compute"
     recall: Sequence[int] | None = None
     """Places between sink and window to bring back in place of those found by pose."""
-    rule: Recalls | None = None
+    rule: Recalls | FillsSlots | None = None
     """What finds them by a rule of the model's own; None is greedy coverage."""
 
     @property
@@ -139,7 +140,7 @@ def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
         if group[0].rule is None:
             found = _by_coverage(group, candidates)
         else:
-            found = [_by_rule(one, one.rule, candidates) for one in group if one.rule is not None]
+            found = [_by_rule(one, one.rule, candidates) for one in group if one.rule]
     return [
         (
             ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), one.reason),
@@ -173,7 +174,7 @@ def _by_coverage(group: Sequence[Lookup], candidates: Sequence[int]) -> list[_Fo
     return list(zip((picks + sink).tolist(), alike, newest, strict=True))
 
 
-def _by_rule(one: Lookup, rule: Recalls, candidates: Sequence[int]) -> _Found:
+def _by_rule(one: Lookup, rule: Recalls | FillsSlots, candidates: Sequence[int]) -> _Found:
     """What the model's own rule brings back to a world."""
     kept, _, _, count = one.counts
     cameras, coming = one.history.cameras(slice(0, kept)), one.coming.cpu().float()[list(one.shape.latent_frames)]
@@ -181,15 +182,22 @@ def _by_rule(one: Lookup, rule: Recalls, candidates: Sequence[int]) -> _Found:
     if not count:
         return (), (), newest
     if one.recall is not None:
-        chosen = _checked(one.recall, candidates, count, fewer=True)
+        chosen = _checked(one.recall, candidates, count, slots=isinstance(rule, FillsSlots))
         return chosen, rule.shown(cameras[chosen], coming, one.points), newest
+    if isinstance(rule, FillsSlots):
+        shown = [one.history.entries[i].shown.cameras for i in candidates]
+        places = [i for i, of in zip(candidates, shown, strict=True) for _ in of]
+        return *rule.fill(torch.cat(shown).float(), places, coming, count), newest
     return *rule.recall(cameras, coming, one.points, candidates, count), newest
 
 
-def _checked(recall: Sequence[int], candidates: Sequence[int], count: int, fewer: bool = False) -> list[int]:
-    chosen, known = sorted(recall), set(candidates)
+def _checked(recall: Sequence[int], candidates: Sequence[int], count: int, slots: bool | None = None) -> list[int]:
+    """Places to bring back: `count` of them; where a model has a rule at most as many, or one for each of its slots."""
+    chosen, known, fewer = list(recall) if slots else sorted(recall), set(candidates), slots is False
     right = len(chosen) <= count if fewer else len(chosen) == count
-    if not right or len(set(chosen)) != len(chosen) or not known.issuperset(chosen):
+    if slots and right and known.issuperset(chosen):
+        return chosen
+    if slots or not right or len(set(chosen)) != len(chosen) or not known.issuperset(chosen):
         many = f"at most {count}" if fewer else f"{count}"
         raise InputError(
             f"recall must name {many} different places from {candidates[0]} to {candidates[-1]}, got {list(recall)}"
