@@ -21,6 +21,7 @@ from worldstride.atomic import atomic_write
 from worldstride.attention import Attend, attend
 from worldstride.bench.comparison import Comparison, Verifier
 from worldstride.bench.verify_hy_worldplay import HYWorldPlayVerifier
+from worldstride.bench.verify_matrix_game3 import MatrixGame3Verifier
 from worldstride.camera import camera_from_pose
 from worldstride.denoising import DenoisePlan, denoise
 from worldstride.errors import InputError
@@ -88,7 +89,9 @@ class CourtyardVerifier:
             raise InputError(f"cannot read the case {case}: {error}") from error
 
 
-VERIFIERS: dict[str, Verifier] = {"courtyard": CourtyardVerifier(), "hy_worldplay": HYWorldPlayVerifier()}
+VERIFIERS: dict[str, Verifier] = {
+    "courtyard": CourtyardVerifier(), "hy_worldplay": HYWorldPlayVerifier(), "matrix_game3": MatrixGame3Verifier(),
+}  # fmt: skip
 """Every format that `worldstride verify` knows."""
 
 

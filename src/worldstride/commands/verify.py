@@ -17,7 +17,7 @@ class Verify:
     """Replay a golden file; exit status 0 only if every tensor comes out within tolerance."""
 
     format: Annotated[Positional[str], arg(metavar="FORMAT")]
-    """Format of the file: courtyard, hy_worldplay."""
+    """Format of the file: courtyard, hy_worldplay, matrix_game3."""
     case: Annotated[Positional[Path], arg(metavar="CASE")]
     """The file."""
     record: FlagCreatePairsOff[bool] = False

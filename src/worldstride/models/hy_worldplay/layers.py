@@ -15,13 +15,13 @@ FREQUENCIES = 256
 class Embedder(nn.Module):
     """A number (noise level in thousandths, or action label) as a token's channels."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, frequencies: int = FREQUENCIES) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
+        self.first, self.second = nn.Linear(frequencies, width), nn.Linear(width, width)
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Numbers [...] -> [..., width], in the weights' precision."""
-        half = FREQUENCIES // 2
+        half = self.first.in_features // 2
         steps = torch.arange(half, device=numbers.device, dtype=torch.float32)
         wave = numbers.float()[..., None] * torch.exp(-math.log(10_000) / half * steps)
         waves = torch.cat([wave.cos(), wave.sin()], -1).to(self.first.weight.dtype)

@@ -5,7 +5,7 @@ Queries, keys and values of a block are one matrix here, and so are the projecti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -44,13 +44,16 @@ class Source:
     """Tensors of the file."""
     how: How = "as it is"
     """What is made of them: a matrix of a convolution; of several, one below the other, side by side, or added."""
+    columns: tuple[int, int | None] = (0, None)
+    """The columns of a matrix that are taken."""
 
     def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor here, from the file's."""
         parts = [tensors[name] for name in self.names]
         if self.how in ("as it is", "flat"):
             (one,) = parts
-            return one.flatten(1) if self.how == "flat" else one
+            one = one.flatten(1) if self.how == "flat" else one
+            return one if self.columns == (0, None) else one[:, slice(*self.columns)].contiguous()
         return sum(parts[1:], parts[0]) if self.how == "sum" else torch.cat(parts, 0 if self.how == "rows" else 1)
 
 
@@ -100,14 +103,17 @@ def build(
 
 def filled(
     make: Callable[[], Network], table: Mapping[str, Source] | None, tensors: Mapping[str, Tensor], origin: str,
-    what: str, device: torch.device | None = None, dtype: torch.dtype | None = None,
+    what: str, device: torch.device | None = None, dtype: torch.dtype | None = None, idle: Collection[str] = (),
 ) -> Network:  # fmt: skip
-    """A network that is `what`, its tensors made from published ones; see `build`. No table: of the same names."""
+    """A network that is `what`, its tensors made from published ones; see `build`. No table: of the same names.
+
+    `idle` ones must be there, and nothing is made of them.
+    """
     with torch.device("meta"):
         network = make().requires_grad_(False)
     expected = network.state_dict()
     table = {name: Source((name,)) for name in expected} if table is None else table
-    wanted = {name for source in table.values() for name in source.names}
+    wanted = {name for source in table.values() for name in source.names}.union(idle)
     missing, foreign = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or foreign:
         raise CheckpointError(f"{origin} is no {what}: {_listed(missing)} missing, {_listed(foreign)} unknown")

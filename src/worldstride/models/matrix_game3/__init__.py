@@ -1,0 +1,1 @@
+"""Matrix-Game-3.0: see `adapter.py`."""

@@ -1,0 +1,104 @@
+"""A block of Matrix-Game-3.0's transformer, and where its tokens are (specification, sections 2.2 and 2.3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldstride import rope
+from worldstride.attention import Attend
+from worldstride.attention.streams import turn
+from worldstride.models.hy_worldplay.layers import MLP, gated, merged, modulated
+from worldstride.models.hy_worldplay.wan import TextProjection, WideProjection
+from worldstride.models.matrix_game3.config import MG3Config
+from worldstride.models.matrix_game3.steering import Steering
+
+Rows = tuple[Tensor, ...]
+"""Shift, scale and gate of self-attention, then of the MLP: six times [B, T, width]."""
+
+
+class Places(NamedTuple):
+    """Cosines and sines [heads, N, head_dim / 2] of tokens' rotary angles: every head has frequencies of its own."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def places(config: MG3Config, latents: Tensor, rows: int, columns: int) -> Places:
+    """Of latents at places in time [T] and their tokens on a grid, on the device of `latents`."""
+    device = latents.device
+    grid = torch.meshgrid(
+        latents.double(), torch.arange(rows, device=device).double(), torch.arange(columns, device=device).double(),
+        indexing="ij",
+    )  # fmt: skip
+    heads = list[Tensor]()
+    for share in torch.linspace(-1, 1, config.heads, dtype=torch.float64).tolist():
+        theta = config.theta * (1 + config.spread * share)
+        parts = [
+            rope.angles(axis.flatten(), [theta ** (-j / pairs) for j in range(pairs)])
+            for axis, pairs in zip(grid, config.rope, strict=True)
+        ]
+        heads.append(torch.cat(parts, -1))
+    turned = torch.stack(heads)
+    return Places(turned.cos().float(), turned.sin().float())
+
+
+class Camera(nn.Module):
+    """What a block makes of the camera's tokens: a scale and a shift of every token, the same in every step."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.scale, self.shift = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Camera tokens [B, N, width] -> scale and shift [B, N, width]."""
+        h = self.second(F.silu(self.first(seen))) + seen
+        return self.scale(h), self.shift(h)
+
+
+class Block(nn.Module):
+    """Self-attention, camera, text, actions, MLP; what stands between one attention and the next."""
+
+    def __init__(self, config: MG3Config, steered: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.table = nn.Parameter(torch.zeros(1, 6, width))
+        self.project, self.out = WideProjection(width, config.heads), nn.Linear(width, width)
+        self.camera = Camera(width)
+        self.norm = nn.LayerNorm(width, eps=config.eps)
+        self.words, self.told = TextProjection(width, config.heads), nn.Linear(width, width)
+        self.steering = Steering(config) if steered else None
+        self.mlp = MLP(width, config.hidden)
+
+    def begin(self, x: Tensor, level: Tensor, at: Places) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
+        """What modulates x [B, N, width] at levels' rows [B, T, 6, width], and queries, keys (both turned), values."""
+        rows = (level + self.table).unbind(2)
+        q, k, v = self.project(modulated(x, rows[0], rows[1]))
+        return rows, (turn(q, at.cos, at.sin), turn(k, at.cos, at.sin), v)
+
+    def ask(self, x: Tensor, out: Tensor, rows: Rows, seen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x after self-attention's result [B, heads, N, head_dim] and the camera, and its queries to the text.
+
+        The norm stands in the stream itself, not only before attention.
+        """
+        x = gated(x, self.out(merged(out)), rows[2])
+        x = self.norm((1 + seen[0]) * x + seen[1])
+        return x, self.words(x)
+
+    def read(self, x: Tensor, told: Tensor) -> Tensor:
+        """x after the text's result [B, heads, N, head_dim]."""
+        return x + self.told(merged(told))
+
+    def end(self, x: Tensor, rows: Rows) -> Tensor:
+        """x after the MLP."""
+        return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
+
+
+def answered(block: Block, q: Tensor, words: tuple[Tensor, Tensor], bias: Tensor | None, attend: Attend) -> Tensor:
+    """The text's result [B, heads, N, head_dim]; `bias` [L] counts rows that stand for several."""
+    k, v = (t.expand(len(q), -1, -1, -1) for t in words)
+    return attend(q, k, v) if bias is None else attend(q, k, v, bias=bias)

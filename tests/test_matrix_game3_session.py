@@ -1,0 +1,217 @@
+"""Matrix-Game-3.0 in a live session: keys and mouse lead to the recorded latents, and the world stays whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import worldstride
+from hy_variants import latents
+from mg3_golden import CHUNKS, actions, begin, case, engine, expected, model, noise
+from worldstride import Action, Session
+from worldstride.denoising.solvers import UniPC
+from worldstride.errors import InputError
+from worldstride.models.matrix_game3 import retrieval
+from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
+from worldstride.models.matrix_game3.controls import CONTROLS
+from worldstride.protocol import Recalled
+from worldstride.testing import check_model
+
+FORWARD, TURN = Action({"KeyW"}), Action({"ArrowRight"})
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def played(session: Session, chunks: int = 3) -> list[Any]:
+    """The recorded actions and noise, and what came of them."""
+    return [session.step(actions(*CHUNKS[k]), noise=noise(k)) for k in range(chunks)]
+
+
+def test_keys_and_mouse_lead_to_the_recorded_latents():
+    session = begin()
+    chunks = played(session)
+    assert far(latents(session), expected()) < 1e-5
+    assert [len(c.frames) for c in chunks] == [57, 40, 40]
+    for k in (1, 2):
+        assert list(chunks[k].report.context.memory) == case()[f"c{k}/memory_latent_idx"].tolist()
+        similarity = chunks[k].report.signals.similarity
+        assert similarity[:4] == pytest.approx(case()[f"c{k}/confidence"][:4].tolist(), abs=1e-6)
+    assert chunks[2].report.context_latents == 5
+    assert torch.equal(latents(session)[:1], case()["image_latent"][0].transpose(0, 1))
+
+
+def test_a_save_in_between_changes_nothing(tmp_path: Path):
+    session = begin()
+    played(session, 2)
+    session.save(tmp_path / "a.world")
+    opened = worldstride.open(tmp_path / "a.world", engine=session.engine)
+    chunks = [s.step(actions(*CHUNKS[2]), noise=noise(2)) for s in (session, opened)]
+    assert np.array_equal(chunks[0].frames, chunks[1].frames)
+    assert torch.equal(latents(opened), latents(session))
+    assert far(latents(opened), expected()) < 1e-5
+    assert opened.history.entries[20].shown.actions == session.history.entries[20].shown.actions
+    assert len(opened.history.entries[20].shown.actions) == 4
+
+
+def test_forks_go_on_alike():
+    session = begin()
+    played(session, 2)
+    other = session.fork()
+    made = [s.step(FORWARD, noise=noise(2)).frames for s in (session, other)]
+    assert np.array_equal(*made)
+
+
+def test_cameras_lead_to_the_same_latents_as_the_actions_behind_them():
+    """What keyboard and mouse did is read off the cameras."""
+    steered, led = begin(), begin()
+    played(steered)
+    paths = [torch.from_numpy(c.cameras) for c in played(begin())]
+    for k, path in enumerate(paths):
+        led.step(cameras=path, noise=noise(k))
+    assert far(latents(led)[:FIRST], latents(steered)[:FIRST]) < 1e-4
+    assert far(latents(led)[FIRST:25], latents(steered)[FIRST:25]) < 0.2  # the last frame's keys are not known
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def test_the_model_keeps_the_contract(storage: torch.dtype):
+    check_model(model(storage), {"text": case()["context"][None]}, chunks=(0, 1))
+
+
+def guided_prompt() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {"text": case()["context"][None], "negative_text": torch.randn(1, 4, 32, generator=generator)}
+
+
+def test_a_guided_model_asks_twice_the_second_time_without_memory(monkeypatch: pytest.MonkeyPatch):
+    """Against a plain loop: v0 + 5 (v1 - v0), v0 of the negative prompt, without actions and memory."""
+    of = model(guidance=5.0)
+    seen = list[tuple[int, int]]()
+    plain = of.velocity
+
+    def velocity(x: Tensor, sigma: float, inputs: MG3Inputs, context: MG3Context, attend: Any) -> Any:
+        seen.append((inputs.branch, 0 if context.prepared[inputs.branch].memory == 0 else context.latents))
+        assert inputs.branch == 0 or (bool((inputs.keys == -1).all()) and bool((inputs.mouse == 1).all()))
+        return plain(x, sigma, inputs, context, attend)
+
+    monkeypatch.setattr(of, "velocity", velocity)
+    session = engine(of).open(torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.eye(4)[None], guided_prompt())
+    session.step(FORWARD)
+    session.step(TURN)
+    assert seen == [(0, 0), (1, 0)] * 3 + [(0, 5), (1, 0)] * 3
+    with pytest.raises(InputError, match="needs encoder states named 'negative_text'"):
+        engine(of).open(
+            torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.eye(4)[None], {"text": case()["context"][None]}
+        ).step()
+
+
+def test_levels_are_rounded_as_on_a_gpu_if_asked_for(monkeypatch: pytest.MonkeyPatch):
+    for rounded, levels in ((False, [999.0, 908.0, 713.0]), (True, [1000.0, 908.0, 712.0])):
+        of, seen = model(rounded=rounded), list[float]()
+        plain = of.network.velocity
+
+        def velocity(x: Tensor, heights: Tensor, *rest: Any, plain: Any = plain, seen: list[float] = seen) -> Tensor:
+            assert bool((heights[:, 0] == 0).all())
+            seen.append(float(heights.max()))
+            return plain(x, heights, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(of.network, "velocity", velocity)
+            begin(engine(of)).step(FORWARD)
+        assert seen == levels
+
+
+def test_the_solver_is_its_closed_form():
+    """Of three steps (specification, section 1)."""
+    sigmas = model().sampler().sigmas
+    assert sigmas == pytest.approx((0.9998, 0.90884, 0.71398, 0), abs=2e-5)
+    generator = torch.Generator().manual_seed(0)
+    x0, v0, v1, v2 = (torch.randn(1, 2, 3, generator=generator).double() for _ in range(4))
+    solver, x = UniPC(sigmas), x0
+    made = []
+    for i, v in enumerate((v0, v1, v2)):
+        x = solver.step(i, x, v, lambda i: x0)
+        made.append(x)
+    assert torch.allclose(made[0], x0 - 0.0909570 * v0, atol=1e-6)
+    assert torch.allclose(made[1], x0 - 0.0367763 * v0 - 0.2490441 * v1, atol=1e-6)
+    assert torch.allclose(made[2], x0 - 0.0367763 * v0 - 0.2490441 * v1 - 0.7139794 * v2, atol=1e-6)
+
+
+def test_what_is_brought_back_can_be_named():
+    session = begin()
+    played(session, 1)
+    report = session.step(FORWARD, recall=[3, 3, 9, 2, 1]).report
+    assert report.context.memory == (3, 3, 9, 2, 1)
+    with pytest.raises(InputError, match="recall must name 5"):
+        session.step(FORWARD, recall=[1, 2])
+    with pytest.raises(InputError, match="recall must name 5"):
+        session.step(FORWARD, recall=[1, 2, 3, 4, 99])
+
+
+def test_a_world_needs_its_words_and_one_image():
+    of = engine()
+    picture, eye = torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.eye(4)
+    with pytest.raises(InputError, match="needs encoder states named 'text'"):
+        of.open(picture, eye[None]).step()
+    with pytest.raises(InputError, match="unknown prompt states vision; known: image, negative_text"):
+        of.open(picture, eye[None], {"text": case()["context"][None], "vision": eye}).step()
+    with pytest.raises(InputError, match="begins with one image, got 2 frames"):
+        of.open(picture.repeat(2, 1, 1, 1), eye.repeat(2, 1, 1), {"text": case()["context"][None]})
+    with pytest.raises(InputError, match=r"text_mask must be \[1, 5\] like the text, got \[1, 4\]"):
+        of.open(picture, eye[None], {"text": case()["context"][None], "text_mask": torch.ones(1, 4)}).step()
+    with pytest.raises(InputError, match="needs to know the coming chunk"):
+        none = torch.zeros(1, 0, *of.model.latent_shape)
+        of.model.encode_context(Recalled(none, eye[None, :0], torch.zeros(0), torch.zeros(0)), None, of.attention)
+
+
+def test_rows_that_are_masked_are_padding():
+    of, text = model(), case()["context"][None]
+    more = torch.cat([text, torch.ones(1, 2, 32)], 1)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    plain, masked = (
+        of.encode_prompt(p, engine().attention) for p in ({"text": text}, {"text": more, "text_mask": mask})
+    )
+    for one, other in zip(plain.branches[0].pairs, masked.branches[0].pairs, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_long_walk_goes_on():
+    """Numbers of latents grow without bound; here they begin beyond any table that upstream has."""
+    of = model()
+    prepared = of.network.prepared
+    seen = list[Tensor]()
+
+    def shifted(cameras: Tensor, numbers: Tensor, *rest: Any) -> Any:
+        seen.append(numbers)
+        return prepared(cameras, numbers + 100_000, *rest)
+
+    plain, moved = begin(engine(of)), begin(engine(model()))
+    for k in range(2):
+        plain.step(actions(*CHUNKS[k]), noise=noise(k))
+    moved.engine.model.network = of.network  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of.network, "prepared", shifted)
+        for k in range(2):
+            moved.step(actions(*CHUNKS[k]), noise=noise(k))
+    assert seen[1][-1] == 24
+    assert far(latents(moved), latents(plain)) < 1e-3  # only differences of places count
+
+
+def test_controls_are_the_models():
+    session = begin()
+    session.step([TURN] * 57)
+    turned = torch.from_numpy(session.camera)[:3, :3]
+    assert torch.rad2deg(torch.acos(((turned.trace() - 1) / 2).clamp(-1, 1))) == pytest.approx(84, abs=0.1)
+    assert session.engine.controls == CONTROLS
+    assert len(retrieval.frustum()) == 1000
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients(no_gradients: None) -> None:
+    """Direct calls of the network need none."""
