@@ -19,12 +19,12 @@ from worldstride.engine import EngineSource
 from worldstride.models.hy_worldplay import weights
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.config import HYConfig
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.loading import random_model
 from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.text import Prompt
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.registry import find
+from worldstride.models.video_decoder import VideoDecoder
 
 GOLDEN = Path(__file__).parent / "golden" / "hy_worldplay_tiny.safetensors"
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldstride import Acceleration, Action, Session
-from worldstride.models.hy_worldplay.decoder import VideoCodec
+from worldstride.models.video_decoder import VideoCodec
 
 FORWARD, BACK, RIGHT, LEFT = (Action({key}) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
 

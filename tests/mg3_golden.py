@@ -14,12 +14,12 @@ from worldstride import Action, Engine, Session
 from worldstride.acceleration import resolve
 from worldstride.bench.verify_matrix_game3 import config_of
 from worldstride.engine import EngineSource
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
-from worldstride.models.hy_worldplay.wan_vae import WanVAE, WanVAEConfig
 from worldstride.models.matrix_game3.adapter import MatrixGame3
 from worldstride.models.matrix_game3.controls import CONTROLS, TURN
 from worldstride.models.matrix_game3.model import MG3Network
 from worldstride.models.matrix_game3.weights import build
+from worldstride.models.video_decoder import VideoDecoder
+from worldstride.models.wan.vae import WanVAE, WanVAEConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "matrix_game3_tiny.npz"
 HEIGHT, WIDTH = 64, 96

@@ -30,7 +30,6 @@ from worldstride.errors import ContractError, InputError
 from worldstride.levers import levers
 from worldstride.models.hy_worldplay import cost, given, places
 from worldstride.models.hy_worldplay.config import HYConfig
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.joint import HYJoint, JointContext, JointInputs
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.loading import VARIANTS, random_model
@@ -39,6 +38,7 @@ from worldstride.models.hy_worldplay.poses import parse_poses
 from worldstride.models.hy_worldplay.retrieval import ball_points, select_wide, visible
 from worldstride.models.hy_worldplay.text import Prompt
 from worldstride.models.registry import find
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 from worldstride.session import step_together
 from worldstride.testing import check_model

@@ -17,10 +17,11 @@ from worldstride.attention.dense import Partial
 from worldstride.attention.written import in_float32
 from worldstride.camera import camera_from_pose
 from worldstride.errors import InputError
-from worldstride.models.hy_worldplay import layers, places, weights
+from worldstride.models import layers
+from worldstride.models.hy_worldplay import places, weights
 from worldstride.models.hy_worldplay.adapter import HYContext, HYWorldPlay
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.placed import FIRST
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import Conditions, Costed, KeepsLatents, Recalled
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

@@ -23,10 +23,10 @@ from worldstride.context.kept import KeptContext, Sees
 from worldstride.context.policy import PoseView, SpatialMemory, TemporalWindow
 from worldstride.errors import ContractError, InputError
 from worldstride.models.hy_worldplay.adapter import HYInputs, HYPrompt, HYWorldPlay
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.poses import parse_poses
 from worldstride.models.hy_worldplay.retrieval import select
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import Conditions
 from worldstride.session import step_together
 from worldstride.testing import check_model

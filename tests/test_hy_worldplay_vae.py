@@ -21,7 +21,8 @@ from hy_golden import GOLDEN, normal, relative
 from hy_variants import streamed
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
-from worldstride.models.hy_worldplay.vae_layers import ChannelNorm, laid_out, shuffle, unshuffle
+from worldstride.models.hy_worldplay.vae_layers import shuffle, unshuffle
+from worldstride.models.video_codec import ChannelNorm, laid_out
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -31,10 +31,10 @@ from worldstride.context.policy import TemporalWindow
 from worldstride.control import Action
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYContext
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.loading import random_model
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.places import projections, rotary_table
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import ChunkShape
 
 ROOT = Path(__file__).parents[1]

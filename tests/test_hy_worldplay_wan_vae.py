@@ -15,10 +15,10 @@ from hy_golden import normal, relative
 from hy_variants import streamed
 from wan_tiny import VAE, codec, codec_json
 from worldstride.errors import InputError
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
-from worldstride.models.hy_worldplay.vae_layers import Memory, laid_out
-from worldstride.models.hy_worldplay.wan_vae import WanVAE, WanVAEConfig
-from worldstride.models.hy_worldplay.wan_vae_layers import PastConv, plus_spread
+from worldstride.models.video_codec import Memory, laid_out
+from worldstride.models.video_decoder import VideoDecoder
+from worldstride.models.wan.vae import WanVAE, WanVAEConfig
+from worldstride.models.wan.vae_layers import PastConv, plus_spread
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -19,7 +19,7 @@ from worldstride.bench import verify_matrix_game3 as verify
 from worldstride.bench.verify_matrix_game3 import MatrixGame3Verifier, config_of
 from worldstride.cli import main
 from worldstride.errors import CheckpointError, InputError
-from worldstride.models.hy_worldplay.layers import gated, merged
+from worldstride.models.layers import gated, merged
 from worldstride.models.matrix_game3 import model, rays, retrieval, steering
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.layers import Block

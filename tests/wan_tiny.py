@@ -12,12 +12,12 @@ from hy_golden import CPU, normal
 from worldstride import Engine, Session
 from worldstride.acceleration import resolve
 from worldstride.engine import EngineSource
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.wan import WanConfig
 from worldstride.models.hy_worldplay.wan_adapter import WanWorldPlay
-from worldstride.models.hy_worldplay.wan_vae import WanVAE, WanVAEConfig
 from worldstride.models.hy_worldplay.wan_weights import build
 from worldstride.models.registry import find
+from worldstride.models.video_decoder import VideoDecoder
+from worldstride.models.wan.vae import WanVAE, WanVAEConfig
 
 TINY = WanConfig(channels=4, width=32, heads=2, depth=3, hidden=48, text=12)
 ROWS, COLUMNS = 2, 3

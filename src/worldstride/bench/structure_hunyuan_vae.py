@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.vae import VideoVAE
-from worldstride.models.hy_worldplay.vae_layers import PAST, CausalConv, ChannelNorm, FrameAttention, Memory
+from worldstride.models.hy_worldplay.vae_layers import CausalConv, FrameAttention
+from worldstride.models.video_codec import PAST, ChannelNorm, Memory
+from worldstride.models.video_decoder import VideoDecoder
 
 
 class _Norm(ChannelNorm):

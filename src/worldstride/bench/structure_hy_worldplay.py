@@ -21,8 +21,8 @@ from worldstride.attention import Attend, Partial
 from worldstride.attention.streams import KeysValues, Pieces, Places
 from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
-from worldstride.models.hy_worldplay.layers import merged, rms_norm
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork, VideoBlock
+from worldstride.models.layers import merged, rms_norm
 
 
 class UpstreamStructure(HYNetwork):

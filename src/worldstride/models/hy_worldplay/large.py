@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from worldstride.models.hy_worldplay import given
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.model import Frames, HYNetwork
 from worldstride.models.hy_worldplay.placed import STABLE, Placed
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import Recalled
 
 WINDOW, SINK = 12, 4

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from worldstride.errors import CheckpointError, InputError
+from worldstride.models.drawing import drawn, storage_of
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.config import HYConfig
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.joint import HYJoint
 from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
-from worldstride.models.hy_worldplay.vae_layers import laid_out
-from worldstride.models.hy_worldplay.weights import Network, build, filled
+from worldstride.models.hy_worldplay.weights import build
+from worldstride.models.published import filled
 from worldstride.models.shards import Shards, find, read_json
+from worldstride.models.video_codec import laid_out
+from worldstride.models.video_decoder import VideoDecoder
 
 HEIGHT, WIDTH = 480, 832
 """Frame size that the 8B models were trained at."""
@@ -88,28 +89,6 @@ def random_model(
     codec = laid_out(drawn(lambda: VideoVAE(vae), device, dtype, seed + 1))
     kind, steps, guidance = VARIANTS[variant]
     return kind(network, VideoDecoder(codec, height, width), storage_of(dtype), steps, guidance)
-
-
-def storage_of(dtype: torch.dtype) -> torch.dtype:
-    """Precision of latents between steps for a network of some precision: bfloat16 in half precision, as upstream."""
-    return torch.bfloat16 if dtype != torch.float32 else torch.float32
-
-
-def drawn(make: Callable[[], Network], device: torch.device, dtype: torch.dtype, seed: int) -> Network:
-    """A network with weights whose products keep the size of what they are given, drawn on the device; norms begin at
-    one, biases at nothing."""
-    with torch.device("meta"):
-        module = make().requires_grad_(False)
-    module.to(dtype).to_empty(device=device)  # in this order no second copy in float32 is ever held
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.squeeze().dim() == 1:
-            parameter.fill_(1)
-        else:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-    return module.eval()
 
 
 def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoVAE, str]:

@@ -18,8 +18,9 @@ from worldstride.attention import Attend, streams
 from worldstride.attention.streams import KeysValues, Places
 from worldstride.models.hy_worldplay.cached import CachedNetwork, Rows
 from worldstride.models.hy_worldplay.config import HYConfig
-from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, modulated
+from worldstride.models.hy_worldplay.layers import Projection
 from worldstride.models.hy_worldplay.text import Prompt, TextBlock, TextEntry
+from worldstride.models.layers import MLP, Embedder, gated, modulated
 
 
 @dataclass(frozen=True, eq=False)

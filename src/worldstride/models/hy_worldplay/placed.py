@@ -12,10 +12,10 @@ from worldstride.attention.streams import Places
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.hy_worldplay import poses
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.labels import labels
 from worldstride.models.hy_worldplay.places import projections, rotary_table
 from worldstride.models.hy_worldplay.retrieval import EIGHT_B, Retrieval, ball_points, distances, overlap, visible
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import Led, Recalled, SamplerSpec
 
 NEW = 4

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from worldstride.attention import Attend
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.config import HYConfig
-from worldstride.models.hy_worldplay.layers import MLP, Embedder, Projection, gated, merged, modulated
+from worldstride.models.hy_worldplay.layers import Projection
+from worldstride.models.layers import MLP, Embedder, gated, merged, modulated
 
 KINDS = ("text", "text_mask", "glyphs", "glyphs_mask")
 """Names of the states that a text has; those of the negative prompt begin with "negative_"."""

@@ -14,20 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.errors import InputError, did_you_mean, integer_from, number_in
-from worldstride.models.hy_worldplay.vae_layers import (
-    CausalConv,
-    ChannelNorm,
-    Codec,
-    Downsample,
-    Memory,
-    Middle,
-    ResidualBlock,
-    Upsample,
-    carried,
-    check_clip,
-    check_stream,
-    group_means,
-)
+from worldstride.models.hy_worldplay.vae_layers import CausalConv, Downsample, Middle, ResidualBlock, Upsample
+from worldstride.models.video_codec import ChannelNorm, Codec, Memory, carried, check_clip, check_stream, group_means
 
 _IGNORED = ("sample_size", "sample_tsize", "shift_factor")
 """Keys of a checkpoint's configuration that say nothing about the network, like all that begin with an underscore."""
@@ -231,7 +219,7 @@ class VideoVAE(Codec):
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """See `decoder.VideoCodec.statistics`: this VAE's latents are scaled, not shifted."""
+        """See `video_decoder.VideoCodec.statistics`: this VAE's latents are scaled, not shifted."""
         channels = self.config.latent_channels
         return (0.0,) * channels, (1 / self.config.scaling_factor,) * channels
 

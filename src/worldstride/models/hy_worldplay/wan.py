@@ -21,7 +21,8 @@ from worldstride.attention.streams import KeysValues, Places
 from worldstride.errors import InputError, integer_from, number_in
 from worldstride.models.hy_worldplay.cached import CachedNetwork, Rows
 from worldstride.models.hy_worldplay.config import check_heads, known_entries, latent_channels
-from worldstride.models.hy_worldplay.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated, rms_norm
+from worldstride.models.layers import FREQUENCIES, MLP, Embedder, gated, merged, modulated
+from worldstride.models.wan.layers import TextProjection, WideProjection
 
 PATCH = 2
 """Rows and columns of a latent that make one token."""
@@ -100,40 +101,6 @@ class WanFrames:
     labels: Tensor
     """Action labels [B, T], 0 to 80."""
     at: Places
-
-
-class WideProjection(nn.Module):
-    """Queries, keys and values from tokens; queries and keys normed over the channels of all heads together."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.qkv = heads, nn.Linear(width, 3 * width)
-        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(width)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, width] -> three times [B, heads, N, head_dim]."""
-        q, k, v = self.qkv(x).chunk(3, -1)
-        q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
-        return _by_head(q, self.heads), _by_head(k, self.heads), _by_head(v, self.heads)
-
-
-class TextProjection(nn.Module):
-    """Queries from tokens, keys and values from the text; normed likewise."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.q, self.kv = heads, nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(width)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, width] -> queries [B, heads, N, head_dim]."""
-        return _by_head(rms_norm(self.q(x), self.q_scale), self.heads)
-
-    def of_text(self, words: Tensor) -> KeysValues:
-        """Embedded text [1, L, width] -> keys and values [1, heads, L, head_dim]."""
-        k, v = self.kv(words).chunk(2, -1)
-        k, v = _by_head(rms_norm(k, self.k_scale), self.heads), _by_head(v, self.heads)
-        return k.contiguous(), v.contiguous()
 
 
 class WanBlock(nn.Module):
@@ -229,8 +196,3 @@ class WanNetwork(CachedNetwork[WanFrames]):
         patches = self.leave(modulated(x, shift, scale)).unflatten(-1, (PATCH, PATCH, -1))  # [B, T H W, 2, 2, C]
         planes = patches.unflatten(1, (latents, high, wide)).permute(0, 1, 6, 2, 4, 3, 5)  # [B, T, C, H, 2, W, 2]
         return planes.flatten(5).flatten(3, 4)
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """Tokens [B, N, width] as [B, heads, N, head_dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

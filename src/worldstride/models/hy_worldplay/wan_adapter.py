@@ -14,10 +14,10 @@ from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay import cost, given, retrieval, two_streams
 from worldstride.models.hy_worldplay.adapter import HYContext, ReusesOuter
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
 from worldstride.models.hy_worldplay.text import WORDS
 from worldstride.models.hy_worldplay.wan import PATCH, WanFrames, WanNetwork
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 
 WINDOW, MEMORY = 12, 4

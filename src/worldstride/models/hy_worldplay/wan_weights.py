@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worldstride.models.hy_worldplay.wan import WanConfig, WanNetwork
-from worldstride.models.hy_worldplay.weights import Source, filled
+from worldstride.models.published import Source, filled
 
 _LINEAR = {
     "enter": "patch_embedding", "leave": "proj_out", "rows": "condition_embedder.time_proj",

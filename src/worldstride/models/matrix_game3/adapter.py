@@ -19,12 +19,12 @@ from worldstride.attention import Attend
 from worldstride.control import ControlSettings
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
-from worldstride.models.hy_worldplay.decoder import VideoDecoder
 from worldstride.models.matrix_game3 import cost, rays, retrieval
 from worldstride.models.matrix_game3.config import FRAMES, PATCH, PIXELS
 from worldstride.models.matrix_game3.controls import CONTROLS, Walker, guessed, numbers
 from worldstride.models.matrix_game3.model import MG3Network, Prepared, Text
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 FIRST, NEW, PAST, MEMORY = 15, 10, 4, 5

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from worldstride import rope
 from worldstride.attention import Attend
 from worldstride.attention.streams import turn
-from worldstride.models.hy_worldplay.layers import MLP, gated, merged, modulated
-from worldstride.models.hy_worldplay.wan import TextProjection, WideProjection
+from worldstride.models.layers import MLP, gated, merged, modulated
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.steering import Steering
+from worldstride.models.wan.layers import TextProjection, WideProjection
 
 Rows = tuple[Tensor, ...]
 """Shift, scale and gate of self-attention, then of the MLP: six times [B, T, width]."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from worldstride.attention import Attend
 from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
-from worldstride.models.hy_worldplay.layers import Embedder, modulated
+from worldstride.models.layers import Embedder, modulated
 from worldstride.models.matrix_game3.config import KEYS, MOUSE, PATCH, PIXELS, MG3Config
 from worldstride.models.matrix_game3.layers import Block, Places, answered, places
 from worldstride.models.matrix_game3.rays import RayTable

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from worldstride.models.hy_worldplay.weights import Source, filled
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.model import MG3Network
+from worldstride.models.published import Source, filled
 
 _LINEAR = {
     "enter": "patch_embedding", "leave": "head.head", "level.first": "time_embedding.0",

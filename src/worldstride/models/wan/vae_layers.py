@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.models.hy_worldplay.vae_layers import PAST, Carrying, ChannelNorm, Memory, group_means
+from worldstride.models.video_codec import PAST, Carrying, ChannelNorm, Memory, group_means
 
 
 class PastConv(Carrying, nn.Conv3d):

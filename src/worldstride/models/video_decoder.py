@@ -1,4 +1,4 @@
-"""Frames of HY-WorldPlay: levels of colour to and from what its VAEs take, and latents as its networks see them."""
+"""Frames of models with a video VAE: levels of colour to and from what it takes, and latents as networks see them."""
 
 from __future__ import annotations
 

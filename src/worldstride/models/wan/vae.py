@@ -1,4 +1,4 @@
-"""Wan2.2's causal video VAE, as the WAN-5B variant uses it: 16 x 16 pixels of 4 frames are one latent pixel.
+"""Wan2.2's causal video VAE, as TI2V-5B has it: 16 x 16 pixels of 4 frames are one latent pixel.
 
 A world's first frame is a latent by itself. The decoder streams: every convolution's last input frames are a state
 that the caller carries from call to call, and decoding latent by latent, chunk by chunk or at once is the same.
@@ -14,15 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.errors import InputError, did_you_mean, integer_from
-from worldstride.models.hy_worldplay.vae_layers import (
-    ChannelNorm,
-    Codec,
-    Memory,
-    carried,
-    check_clip,
-    check_stream,
-)
-from worldstride.models.hy_worldplay.wan_vae_layers import (
+from worldstride.models.video_codec import ChannelNorm, Codec, Memory, carried, check_clip, check_stream
+from worldstride.models.wan.vae_layers import (
     Downsampler,
     MidBlock,
     PastConv,
@@ -244,7 +237,7 @@ class WanVAE(Codec):
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """See `decoder.VideoCodec.statistics`."""
+        """See `video_decoder.VideoCodec.statistics`."""
         c = self.config
         return c.latents_mean or (0.0,) * c.z_dim, c.latents_std or (1.0,) * c.z_dim
 

@@ -1,0 +1,1 @@
+"""What is Wan2.2's, for the world models that are built on it."""
