@@ -94,7 +94,7 @@ def test_presets_are_printed_as_they_can_be_read(tmp_path: Path, capsys: pytest.
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "courtyard, hy_worldplay, hy_worldplay_wan"
+    known = "courtyard, hy_worldplay, hy_worldplay_wan, matrix_game3"
     expected = f"error: unknown model 'cortyard' (did you mean 'courtyard'?); known: {known}\n"
     for command in (["rollout", "cortyard", "--trajectory", "w-4"], ["bench", "rollout", "cortyard"]):
         assert failure(command, capsys) == expected

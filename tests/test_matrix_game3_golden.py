@@ -238,7 +238,7 @@ def test_a_case_may_tell_its_sizes(tmp_path: Path):
     told = '{"heads": 4, "rows": 8, "turned": 4}'
     assert first_wrong(rewritten(tmp_path, lambda a: a.update(config=np.array(told)))) == ""
     assert first_wrong(rewritten(tmp_path, lambda a: a.update(config=np.array('{"heads": 2}')))) == FIRST
-    with pytest.raises(InputError, match="a case of width 32 needs 'config' with heads, rows, turned"):
+    with pytest.raises(InputError, match="weights of width 32 do not tell heads, rows, turned"):
         config_of({"text_embedding.0.weight": torch.zeros(32, 4), **OTHERS}, {})
 
 

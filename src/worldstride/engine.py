@@ -47,6 +47,8 @@ class EngineSource:
     """Precision that the model computes in."""
     compiled: bool = False
     """Whether `torch.compile` was asked for, which changes last bits."""
+    decoder: str | None = None
+    """Decoder that was chosen; None is the model's usual one."""
 
 
 class Engine:
@@ -287,14 +289,15 @@ def load(
     acceleration: Acceleration | str | Path = "off",
     dtype: torch.dtype | None = None,
     compile: bool = False,
+    decoder: str | None = None,
 ) -> Engine:
     """Load a world model.
 
     `name` is one of `worldstride models`; `path` points at a checkpoint where the model does not ship; weights
     "random" are seeded and measure speed, never quality. `device` defaults to a GPU where there is one, `dtype` to
     what the device multiplies natively. `compile` has `torch.compile` make the model faster: the first chunks then take
-    long, and a compiler is needed (on a CPU `CXX` or g++). Raises `InputError` on unknown names, `CheckpointError` on
-    bad files.
+    long, and a compiler is needed (on a CPU `CXX` or g++). `decoder` chooses among those of `worldstride models`, where
+    a model has several. Raises `InputError` on unknown names, `CheckpointError` on bad files.
     """
     if weights not in get_args(Weights):
         raise InputError(f"weights must be 'pretrained' or 'random', got {weights!r}")
@@ -303,12 +306,16 @@ def load(
     kind = dtype or pick_dtype(place)
     if compile:
         _check_compiler(place)
-    model, fingerprint = entry.load(None if path is None else Path(path), weights, place, kind)
+    if decoder is not None and decoder not in entry.decoders:
+        known = ", ".join(entry.decoders) or "none to choose among"
+        raise InputError(f"unknown decoder {decoder!r} of {entry.name!r}; known: {known}")
+    more = {"decoder": decoder} if entry.decoders else {}
+    model, fingerprint = entry.load(None if path is None else Path(path), weights, place, kind, **more)
     if compile:
         if not isinstance(model, Compilable):
             raise InputError(f"{entry.name!r} cannot be compiled; load it with compile=False")
         model.compile_passes()
     file = None if path is None else str(Path(path).resolve())  # a save may be opened from another folder
     precision = str(kind).removeprefix("torch.")
-    source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, precision, compile)
+    source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, precision, compile, decoder)
     return Engine(model, source, settings, entry.controls)

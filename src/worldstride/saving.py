@@ -81,7 +81,8 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
         controls = ControlSettings(**_tuples(header["controls"]))
         if engine is None:
             dtype = getattr(torch, source.dtype)
-            engine = load(source.model, source.path, source.weights, device, dtype=dtype, compile=source.compiled)
+            of = (source.model, source.path, source.weights, device)
+            engine = load(*of, dtype=dtype, compile=source.compiled, decoder=source.decoder)
             engine.controls = controls
         if engine.source.model != source.model:
             raise SaveFileError(f"{path} is a world of model {source.model!r}; the engine runs {engine.source.model!r}")

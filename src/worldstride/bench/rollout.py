@@ -36,7 +36,8 @@ if options["threads"]:
 imported = time.perf_counter()
 dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
 place, compiled = options["device"], options["compile"]
-engine = worldstride.load(options["model"], options["path"], options["weights"], place, dtype=dtype, compile=compiled)
+model, path, weights, decoder = (options[name] for name in ("model", "path", "weights", "decoder"))
+engine = worldstride.load(model, path, weights, place, dtype=dtype, compile=compiled, decoder=decoder)
 loaded = time.perf_counter()
 session = engine.sample(seed=0)
 session.step()
@@ -190,7 +191,7 @@ def time_to_first_frame(engine: Engine, dtype: str | None, threads: int | None) 
     source = engine.source
     options = {
         "model": source.model, "path": source.path, "weights": source.weights, "device": str(engine.device),
-        "dtype": dtype, "threads": threads, "compile": source.compiled,
+        "dtype": dtype, "threads": threads, "compile": source.compiled, "decoder": source.decoder,
     }  # fmt: skip
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()  # another process is to find the memory that sessions have let go of

@@ -30,15 +30,10 @@ from worldstride.denoising.solvers import UniPC
 from worldstride.errors import InputError, WorldstrideError
 from worldstride.models.matrix_game3 import rays, retrieval
 from worldstride.models.matrix_game3.adapter import HIGHEST, NEW, PAST, SHIFT
-from worldstride.models.matrix_game3.config import FRAMES, PIXELS, MG3Config
+from worldstride.models.matrix_game3.config import FRAMES, PIXELS
 from worldstride.models.matrix_game3.controls import walked
-from worldstride.models.matrix_game3.weights import build
+from worldstride.models.matrix_game3.weights import build, config_of
 
-_UNTOLD: dict[int, dict[str, int]] = {
-    3072: {"heads": 24, "rows": 512, "turned": 8},
-    64: {"heads": 4, "rows": 8, "turned": 4},
-}
-"""What weights do not tell, by width."""
 _START = 57
 """Frames of a world's first chunk."""
 
@@ -181,24 +176,3 @@ class _Replay:
 
 def _no_noise(step: int) -> Tensor:
     raise ValueError(f"UniPC asked for noise in step {step}")
-
-
-def config_of(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> MG3Config:
-    """Sizes from a published file's tensors, and from entries that tell what those do not."""
-    width, text = weights["text_embedding.0.weight"].shape
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
-    steered = {int(name.split(".")[1]) for name in weights if ".action_model." in name}
-    of = f"blocks.{min(steered)}.action_model." if steered else ""
-    sizes: dict[str, Any] = {
-        "channels": weights["patch_embedding.weight"].shape[1], "width": width, "depth": len(blocks),
-        "hidden": len(weights["blocks.0.ffn.0.bias"]), "frequencies": weights["time_embedding.0.weight"].shape[1],
-        "text": text, "steered": tuple(sorted(steered)),
-    }  # fmt: skip
-    if of:
-        inner = len(weights[f"{of}mouse_mlp.2.bias"])
-        sizes |= {"action_width": inner, "action_heads": inner // len(weights[f"{of}img_attn_q_norm.weight"])}
-        sizes |= {"key_width": len(weights[f"{of}keyboard_embed.0.bias"])}
-    rest = {name for known in _UNTOLD.values() for name in known} - told.keys()
-    if rest and width not in _UNTOLD:
-        raise InputError(f"a case of width {width} needs 'config' with {', '.join(sorted(rest))}")
-    return MG3Config(**{**_UNTOLD.get(width, {}), **sizes, **told})

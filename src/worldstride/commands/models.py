@@ -14,6 +14,6 @@ class Models:
 
     def run(self, command: str) -> int:
         """Print the table."""
-        rows = [(m.name, m.parameters, m.weights, m.licence) for m in MODELS]
-        print(table(("name", "parameters", "weights", "licence"), rows))
+        rows = [(m.name, m.parameters, m.weights, ", ".join(m.decoders) or "-", m.licence) for m in MODELS]
+        print(table(("name", "parameters", "weights", "decoders", "licence"), rows))
         return 0

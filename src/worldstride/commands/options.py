@@ -32,10 +32,12 @@ class EngineOptions:
     """"cpu", "cuda" or "cuda:1"; without it a GPU where there is one."""
     dtype: Annotated[DTypeName | None, arg(metavar="{float32,bfloat16}")] = None
     """Number format; without it what the device multiplies natively."""
+    decoder: OptionalText = None
+    """Decoder, where the model has several (`worldstride models`)."""
     compile: bool = False
     """Compile the model first: slower to start, then faster; a CPU needs a C++ compiler."""
 
     def load(self, model: str, acceleration: Acceleration | str | Path = "off") -> Engine:
         """The engine that these options ask for."""
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return load(model, self.path, self.weights, self.device, acceleration, dtype, self.compile)
+        return load(model, self.path, self.weights, self.device, acceleration, dtype, self.compile, self.decoder)

@@ -22,12 +22,14 @@ class Pickled(Mapping[str, Tensor]):
     Nothing in the file is run: it is read with `weights_only`.
     """
 
-    def __init__(self, file: Path, entry: str, wrappers: Sequence[str] = (), prefixes: Sequence[str] = ()) -> None:
-        """The tensors of `entry`.
+    def __init__(
+        self, file: Path, entry: str | Sequence[str], wrappers: Sequence[str] = (), prefixes: Sequence[str] = ()
+    ) -> None:
+        """The tensors of `entry`; of several entries, the first that there is, or else of the file itself.
 
         Args:
             file: the file.
-            entry: the name of a table of tensors in it.
+            entry: the name of a table of tensors in it, or names that it may have.
             wrappers: parts of names, each with its dot, that what trained the model put in anywhere; they are left out.
             prefixes: parts that names may begin with, likewise, once each.
 
@@ -68,7 +70,7 @@ class Pickled(Mapping[str, Tensor]):
         return digest.hexdigest()
 
 
-def _table(file: Path, entry: str) -> Mapping[object, object]:
+def _table(file: Path, entry: str | Sequence[str]) -> Mapping[object, object]:
     try:
         held: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -78,6 +80,10 @@ def _table(file: Path, entry: str) -> Mapping[object, object]:
         ) from error
     if not isinstance(held, Mapping):
         raise CheckpointError(f"{file} must hold a table with the entry {entry!r}, got {type(held).__name__}")
+    if not isinstance(entry, str):
+        entry = next((name for name in entry if name in held), "")
+        if not entry:
+            return held
     if entry not in held:
         found = ", ".join(sorted(map(str, held))[:_LISTED]) or "nothing"
         raise CheckpointError(f"{file} has no entry {entry!r}; it holds {found}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
-
-import torch
 
 from worldstride.control import ControlSettings
 from worldstride.errors import InputError, did_you_mean
 from worldstride.models.courtyard.weights import load_courtyard
 from worldstride.models.hy_worldplay.wan_loading import load_wan, load_worldplay
+from worldstride.models.matrix_game3.controls import CONTROLS
+from worldstride.models.matrix_game3.loading import DECODERS, ORIGIN, load_matrix_game3
 from worldstride.protocol import WorldModel
 
-Loader = Callable[[Path | None, Literal["pretrained", "random"], torch.device, torch.dtype], tuple[WorldModel, str]]
+Loader = Callable[..., tuple[WorldModel, str]]
+"""(path, weights, device, dtype) -> model and the SHA-256 of its weights; `decoder` comes last where there are some."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,14 @@ class ModelEntry:
     """Where the weights come from."""
     licence: str
     load: Loader
-    """(path, weights, device, dtype) -> model and the SHA-256 of its weights."""
     repository: str = ""
     """Where the weights are published, a second name of the model."""
     controls: ControlSettings = field(default_factory=ControlSettings)
     """How keys and mouse move the camera; as in the model's training walks."""
     frames_per_second: int = 10
     """Of videos that it was trained on."""
+    decoders: tuple[str, ...] = ()
+    """Decoders that can be chosen among, the usual one first."""
 
 
 _WALKS = ControlSettings(0.02, math.radians(0.75), math.radians(0.75))
@@ -54,6 +54,10 @@ MODELS: tuple[ModelEntry, ...] = (
         "hy_worldplay_wan", "5.3 B + VAE 0.7 B",
         "wan_distilled_model of tencent/HY-WorldPlay, vae of Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         f"{_TENCENT}; the VAE is Apache-2.0", load_wan, "tencent/HY-WorldPlay/wan_distilled_model", _WALKS, 24,
+    ),
+    ModelEntry(
+        "matrix_game3", "6.5 B + VAE 0.2 to 0.7 B", ORIGIN, "Apache-2.0", load_matrix_game3, ORIGIN, CONTROLS, 17,
+        tuple(DECODERS),
     ),
 )  # fmt: skip
 

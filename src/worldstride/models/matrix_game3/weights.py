@@ -7,10 +7,12 @@ tokens with their mouse is two.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from worldstride.errors import InputError
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.model import MG3Network
 from worldstride.models.published import Source, filled
@@ -40,6 +42,13 @@ _PLAIN = {
 }  # fmt: skip
 _IDLE = ("img_attn_q_norm", "img_attn_k_norm", "key_attn_q_norm", "key_attn_k_norm")
 """Weights that files have and upstream never applies (specification, section 2.4)."""
+
+
+_UNTOLD: dict[int, dict[str, int]] = {
+    3072: {"heads": 24, "rows": 512, "turned": 8},
+    64: {"heads": 4, "rows": 8, "turned": 4},
+}
+"""What weights do not tell, by width."""
 
 
 def sources(config: MG3Config) -> dict[str, Source]:
@@ -87,3 +96,24 @@ def build(
     what = f"Matrix-Game-3.0 transformer of {config.depth} blocks"
     table = sources(config)
     return filled(lambda: MG3Network(config), table, tensors, origin, what, device, dtype, idle(config))
+
+
+def config_of(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> MG3Config:
+    """Sizes from a published file's tensors, and from entries that tell what those do not."""
+    width, text = weights["text_embedding.0.weight"].shape
+    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    steered = {int(name.split(".")[1]) for name in weights if ".action_model." in name}
+    of = f"blocks.{min(steered)}.action_model." if steered else ""
+    sizes: dict[str, Any] = {
+        "channels": weights["patch_embedding.weight"].shape[1], "width": width, "depth": len(blocks),
+        "hidden": len(weights["blocks.0.ffn.0.bias"]), "frequencies": weights["time_embedding.0.weight"].shape[1],
+        "text": text, "steered": tuple(sorted(steered)),
+    }  # fmt: skip
+    if of:
+        inner = len(weights[f"{of}mouse_mlp.2.bias"])
+        sizes |= {"action_width": inner, "action_heads": inner // len(weights[f"{of}img_attn_q_norm.weight"])}
+        sizes |= {"key_width": len(weights[f"{of}keyboard_embed.0.bias"])}
+    rest = {name for known in _UNTOLD.values() for name in known} - told.keys()
+    if rest and width not in _UNTOLD:
+        raise InputError(f"weights of width {width} do not tell {', '.join(sorted(rest))}")
+    return MG3Config(**{**_UNTOLD.get(width, {}), **sizes, **told})

@@ -227,10 +227,14 @@ class WanDecoder(nn.Module):
 class WanVAE(Codec):
     """Frames in [-1, 1] to latents and back. Computes in the precision of its weights."""
 
-    def __init__(self, config: WanVAEConfig) -> None:
+    def __init__(self, config: WanVAEConfig, eager: bool = False) -> None:
+        """`eager` decodes as Matrix-Game-3.0 does, see `Upsampler.eager`."""
         super().__init__()
         self.config = config
         self.encoder, self.decoder = WanEncoder(config), WanDecoder(config)
+        for module in self.decoder.modules():
+            if isinstance(module, Upsampler):
+                module.eager = eager
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self._carried = carried(self.decoder)

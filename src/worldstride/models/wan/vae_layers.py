@@ -83,6 +83,9 @@ class MidBlock(nn.Module):
 class Upsampler(nn.Module):
     """Twice the height and width and, with `temporal`, twice the frames, but for the one with which a clip begins."""
 
+    eager = False
+    """Whether a clip's first frame becomes two as well, of which the second is kept; else it goes on as it is."""
+
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
@@ -95,9 +98,11 @@ class Upsampler(nn.Module):
         return _by_frame(self.resample, x)
 
     def _doubled(self, x: Tensor, conv: PastConv, memory: Memory) -> Tensor:
-        """Two frames of every one but a clip's first, which goes on as it is and which later ones do not see."""
+        """Two frames of every one but a clip's first; one that goes on as it is is not seen by later ones."""
         if not memory.fresh:
             return _interleaved(conv(x, memory))
+        if self.eager:
+            return _interleaved(conv(x, memory))[:, :, 1:]
         if x.shape[2] > 1:
             return torch.cat([x[:, :, :1], _interleaved(conv(x[:, :, 1:], memory))], 2)
         memory.kept[conv.name] = torch.zeros_like(x).repeat(1, 1, PAST, 1, 1)
