@@ -49,14 +49,13 @@ def ask_without_replacing(self: Block, x: Tensor, out: Tensor, rows: Any, seen: 
     return x, self.words(self.norm(x))
 
 
-plain_keyboard, plain_mouse, plain_placed = Steering.keyboard, Steering.mouse, Steering._placed
+plain_placed = Steering._placed
 plain_grouped, plain_of, plain_prepared = steering.grouped, Times.of.__func__, MG3Network.prepared  # type: ignore[attr-defined]
 
 
-def twice(self: Steering, x: Tensor, told: Told, times: Times, how: Any) -> Tensor:
-    """Mouse and keyboard, the keyboard's question put to x as it was before the mouse."""
-    moved = plain_mouse(self, x, told, times, how)
-    return moved + (plain_keyboard(self, x, told, times, how) - x)
+def ask_before_the_mouse(self: Block, x: Tensor, out: Tensor, told: Told, times: Times) -> tuple[Tensor, Tensor]:
+    steering = self._steering
+    return steering.moved_by(x, out), steering.asking(x, told, times)
 
 
 def grouped_like_a_first_chunk(of: Tensor, latents: int) -> Tensor:
@@ -114,6 +113,7 @@ def unscaled(cameras: Tensor, unit: Tensor) -> Tensor:
     ("where", "name", "mistake", "wrong"),
     [
         (Block, "ask", ask_without_replacing, FIRST),
+        (Block, "press", ask_before_the_mouse, LATER),  # before, all latents are told the same keys
         (retrieval, "SINK", 0, "c1/memory_latent_idx"),
         (model, "grouped", grouped_like_a_first_chunk, LATER),
         (Steering, "_placed", unnormed, FIRST),
@@ -131,7 +131,8 @@ def unscaled(cameras: Tensor, unit: Tensor) -> Tensor:
         (verify, "HIGHEST", 1.0, "sigmas"),
     ],
     ids=[
-        "norm replaces the stream", "sink", "actions before", "action norm", "action turn", "interleaved pairs",
+        "norm replaces the stream", "keyboard after mouse",
+        "sink", "actions before", "action norm", "action turn", "interleaved pairs",
         "ranks of actions", "padding of the text", "numbers of memory", "origins", "pixel centres", "scale of a window",
         "keys of memory", "mouse of memory", "shift", "first level",
     ],
@@ -139,12 +140,6 @@ def unscaled(cameras: Tensor, unit: Tensor) -> Tensor:
 def test_traps_are_noticed(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, mistake: Any, wrong: str):
     monkeypatch.setattr(where, name, mistake)
     assert first_wrong() == wrong
-
-
-def test_the_keyboard_is_asked_after_the_mouse(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Steering, "mouse", twice)
-    monkeypatch.setattr(Steering, "keyboard", lambda self, x, *rest: x)
-    assert first_wrong() == LATER  # as long as the same keys are held all latents are told the same
 
 
 def test_levels_rounded_to_bfloat16_are_noticed(monkeypatch: pytest.MonkeyPatch):

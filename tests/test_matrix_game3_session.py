@@ -12,13 +12,14 @@ from torch import Tensor
 
 import worldstride
 from hy_variants import latents
-from mg3_golden import CHUNKS, actions, begin, case, engine, expected, model, noise
+from mg3_golden import CHUNKS, actions, begin, case, engine, expected, model, noise, published
 from worldstride import Action, Session
 from worldstride.denoising.solvers import UniPC
 from worldstride.errors import InputError
 from worldstride.models.matrix_game3 import retrieval
 from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
 from worldstride.models.matrix_game3.controls import CONTROLS
+from worldstride.models.matrix_game3.weights import build
 from worldstride.protocol import Recalled
 from worldstride.testing import check_model
 
@@ -215,3 +216,33 @@ def test_controls_are_the_models():
 @pytest.fixture(autouse=True)
 def _no_gradients(no_gradients: None) -> None:
     """Direct calls of the network need none."""
+
+
+def test_the_last_block_computes_what_is_read_alone():
+    """New latents' velocity is the same whether or not that of given ones is asked for."""
+    of, asked = model(), list[Tensor]()
+    session = begin(engine(of))
+    plain = of.network.velocity
+
+    def both(x: Tensor, levels: Tensor, memory: Any, chunk: Any, text: Any, attend: Any, given: int) -> Tensor:
+        part = plain(x, levels, memory, chunk, text, attend, given)
+        whole = plain(x, levels, memory, chunk, text, attend, 0)[:, given:]
+        asked.append((part - whole).abs().max() / part.abs().max())
+        return part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of.network, "velocity", both)
+        session.step(FORWARD)
+        session.step(TURN)
+    assert len(asked) == 6
+    assert float(torch.stack(asked).max()) < 1e-5
+
+
+def test_compiled_blocks_give_the_same():
+    of = model()
+    of.network = build(of.config, published(), "the golden case")  # whose blocks are compiled
+    of.compile_passes()
+    session = begin(engine(of))
+    played(session, 2)
+    assert far(latents(session), expected()[:25]) < 1e-5
+    torch.compiler.reset()

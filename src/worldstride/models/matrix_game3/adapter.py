@@ -127,6 +127,10 @@ class MatrixGame3:
         self._table, self._grid = network.ray_table(*decoder.size), retrieval.frustum()
         self._tokens = self.token_grid[0] * self.token_grid[1]
 
+    def compile_passes(self) -> None:
+        """Compile what stands around attention in the blocks; the decoder is not compiled."""
+        self.network.compile_passes()
+
     def chunk(self, k: int) -> ChunkShape:
         """57 frames of 15 latents, the image's first; then 40 of 10, which go on from 4 and see 5 remembered ones."""
         if k == 0:

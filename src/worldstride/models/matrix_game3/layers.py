@@ -13,7 +13,7 @@ from worldstride.attention import Attend
 from worldstride.attention.streams import turn
 from worldstride.models.layers import MLP, gated, merged, modulated
 from worldstride.models.matrix_game3.config import MG3Config
-from worldstride.models.matrix_game3.steering import Steering
+from worldstride.models.matrix_game3.steering import Steering, Times, Told
 from worldstride.models.wan.layers import TextProjection, WideProjection
 
 Rows = tuple[Tensor, ...]
@@ -89,16 +89,31 @@ class Block(nn.Module):
         x = self.norm((1 + seen[0]) * x + seen[1])
         return x, self.words(x)
 
-    def read(self, x: Tensor, told: Tensor) -> Tensor:
-        """x after the text's result [B, heads, N, head_dim]."""
-        return x + self.told(merged(told))
+    def steer(
+        self, x: Tensor, words: Tensor, told: Told, times: Times
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+        """x after the text's result [B, heads, N, head_dim], and queries, keys and values of its pixels over time."""
+        x = x + self.told(merged(words))
+        return x, self._steering.moving(x, told, times)
 
-    def end(self, x: Tensor, rows: Rows) -> Tensor:
-        """x after the MLP."""
+    def press(self, x: Tensor, out: Tensor, told: Told, times: Times) -> tuple[Tensor, Tensor]:
+        """x after its pixels saw each other, and its queries to the keyboard."""
+        x = self._steering.moved_by(x, out)
+        return x, self._steering.asking(x, told, times)
+
+    def end(self, x: Tensor, out: Tensor, rows: Rows, told: Told | None) -> Tensor:
+        """x after the keyboard's result, or the text's where the block is told no actions, and the MLP."""
+        x = x + self.told(merged(out)) if told is None else self._steering.pressed_by(x, out, told)
         return gated(x, self.mlp(modulated(x, rows[3], rows[4])), rows[5])
 
+    @property
+    def _steering(self) -> Steering:
+        if self.steering is None:
+            raise ValueError("this block is told no actions")
+        return self.steering
 
-def answered(block: Block, q: Tensor, words: tuple[Tensor, Tensor], bias: Tensor | None, attend: Attend) -> Tensor:
+
+def answered(q: Tensor, words: tuple[Tensor, Tensor], bias: Tensor | None, attend: Attend) -> Tensor:
     """The text's result [B, heads, N, head_dim]; `bias` [L] counts rows that stand for several."""
     k, v = (t.expand(len(q), -1, -1, -1) for t in words)
     return attend(q, k, v) if bias is None else attend(q, k, v, bias=bias)

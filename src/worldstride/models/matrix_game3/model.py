@@ -6,7 +6,7 @@ block's tokens, what keyboard and mouse tell. The prompt's keys and values are m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -70,6 +70,16 @@ class MG3Network(nn.Module):
         )  # fmt: skip
         self.blocks = nn.ModuleList(Block(config, i in config.steered) for i in range(config.depth))
         self.table = nn.Parameter(torch.zeros(1, 2, width))
+        self.begin, self.ask, self.steer = Block.begin, Block.ask, Block.steer
+        self.press: Callable[..., tuple[Tensor, Tensor]] = Block.press
+        self.end: Callable[..., Tensor] = Block.end
+        """What computes a block around its attentions; compiled functions may stand in for them."""
+
+    def compile_passes(self) -> None:
+        """Have torch compile what stands around attention, for the two numbers of tokens that chunks have."""
+        self.begin, self.ask = torch.compile(Block.begin), torch.compile(Block.ask)
+        self.steer, self.press = torch.compile(Block.steer), torch.compile(Block.press)
+        self.end = torch.compile(Block.end)
 
     def text(self, states: Tensor) -> Text:
         """Keys and values of umT5's states [1, L, text], L at most `rows`.
@@ -139,16 +149,22 @@ class MG3Network(nn.Module):
         h, about = self._entered(x), self.level(levels)
         each = h.shape[1] // x.shape[1]
         rows = self.rows(F.silu(about)).unflatten(-1, (6, -1))  # [B, T, 6, width]
-        for block, seen, told, words in zip(self._blocks(), chunk.seen, chunk.told, text.pairs, strict=True):
-            row, (q, k, v) = block.begin(h, rows, chunk.at)
-            h, q = block.ask(h, attend(q, k, v), row, seen)
-            h = block.read(h, answered(block, q, words, text.bias, attend))
-            if told is not None and block.steering is not None:
-                h = block.steering.mouse(h, told, chunk.times, attend)
-                h = block.steering.keyboard(h, told, chunk.times, attend)
-            h = block.end(h, row)
-        first = lead + given
-        return self._left(h[:, first * each :], about[:, first:], x.shape[3:])
+        first = (lead + given) * each
+        for i, block in enumerate(self._blocks()):
+            seen, told = chunk.seen[i], chunk.told[i]
+            row, (q, k, v) = self.begin(block, h, rows, chunk.at)
+            if i + 1 == len(self.blocks) and told is None:  # nobody asks the others any more
+                h, q, about = h[:, first:], q[:, :, first:], about[:, lead + given :]
+                row, seen = tuple(r[:, lead + given :] for r in row), (seen[0][:, first:], seen[1][:, first:])
+            h, q = self.ask(block, h, attend(q, k, v), row, seen)
+            out = answered(q, text.pairs[i], text.bias, attend)
+            if told is not None:
+                h, (q, k, v) = self.steer(block, h, out, told, chunk.times)
+                h, q = self.press(block, h, attend(q, k, v), told, chunk.times)
+                out = attend(q, told.keys, told.values)
+            h = self.end(block, h, out, row, told)
+        latents = levels.shape[1] - lead - given
+        return self._left(h[:, -latents * each :], about[:, -latents:], x.shape[3:])
 
     def _blocks(self) -> Sequence[Block]:
         return cast("Sequence[Block]", self.blocks)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend
 from worldstride.attention.streams import turn
 from worldstride.errors import InputError
 from worldstride.models.matrix_game3.config import FRAMES, KEYS, MOUSE, SEEN, MG3Config
@@ -85,23 +84,26 @@ class Steering(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         return Told(self.moved(mouse.flatten(2)), self._placed(k, times), v)
 
-    def mouse(self, x: Tensor, told: Told, times: Times, attend: Attend) -> Tensor:
-        """x [B, T n, width] after its pixels attended to each other over time."""
-        latents = told.mouse.shape[1]
-        h = self.enter(x).unflatten(1, (latents, -1)) + told.mouse[:, :, None]  # [B, T, n, inner]
+    def moving(self, x: Tensor, told: Told, times: Times) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B n, heads, T, head_dim] of pixels over time, from tokens x [B, T n, width]."""
+        h = self.enter(x).unflatten(1, (told.mouse.shape[1], -1)) + told.mouse[:, :, None]  # [B, T, n, inner]
         h = self.norm(self.mix(F.gelu(h, approximate="tanh")))
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
-        out = attend(self._placed(q, times), self._placed(k, times), v)  # [B n, heads, T, head_dim]
-        return x + self.leave(self._back(out, len(x)))
+        return self._placed(q, times), self._placed(k, times), v
 
-    def keyboard(self, x: Tensor, told: Told, times: Times, attend: Attend) -> Tensor:
-        """x [B, T n, width] after it asked the keyboard."""
-        latents = told.mouse.shape[1]
-        q = self.ask(x).unflatten(1, (latents, -1)).unflatten(-1, (self.heads, -1))  # [B, T, n, heads, head_dim]
+    def moved_by(self, x: Tensor, out: Tensor) -> Tensor:
+        """x after what its pixels saw of each other [B n, heads, T, head_dim]."""
+        return x + self.leave(self._back(out.unflatten(0, (len(x), -1))))
+
+    def asking(self, x: Tensor, told: Told, times: Times) -> Tensor:
+        """Queries [B, heads, n T, head_dim] to the keyboard: all pixels ask the same keys."""
+        q = self.ask(x).unflatten(1, (told.mouse.shape[1], -1)).unflatten(-1, (self.heads, -1))
         q = self._placed(q.permute(0, 2, 3, 1, 4), times)  # [B, n, heads, T, head_dim]
-        q = q.transpose(1, 2).flatten(2, 3)  # all pixels ask the same keys: [B, heads, n T, head_dim]
-        out = attend(q, told.keys, told.values).unflatten(2, (-1, latents))
-        return x + self.answer(self._back(out.transpose(1, 2).flatten(0, 1), len(x)))
+        return q.transpose(1, 2).flatten(2, 3)
+
+    def pressed_by(self, x: Tensor, out: Tensor, told: Told) -> Tensor:
+        """x after the keyboard's answer [B, heads, n T, head_dim]."""
+        return x + self.answer(self._back(out.unflatten(2, (-1, told.mouse.shape[1])).transpose(1, 2)))
 
     def _placed(self, x: Tensor, times: Times) -> Tensor:
         """x [..., T, head_dim], normed and turned by its latent's rank."""
@@ -109,6 +111,6 @@ class Steering(nn.Module):
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return turn(wide.to(x.dtype), times.cos, times.sin)
 
-    def _back(self, out: Tensor, batch: int) -> Tensor:
-        """Results [B n, heads, T, head_dim] as tokens [B, T n, inner]."""
-        return out.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
+    def _back(self, out: Tensor) -> Tensor:
+        """Results [B, n, heads, T, head_dim] as tokens [B, T n, inner]."""
+        return out.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
