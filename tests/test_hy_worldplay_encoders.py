@@ -278,7 +278,7 @@ def test_the_command_refuses_before_it_works(
         assert main(["prompt", model, *given, "-o", str(tmp_path / output)]) == 2
         return capsys.readouterr().err
 
-    assert "'courtyard' takes no prompt; hy_worldplay and hy_worldplay_wan do" in error("courtyard")
+    assert "'courtyard' takes no prompt; hy_worldplay, hy_worldplay_wan and matrix_game3 do" in error("courtyard")
     assert "has no language model: it needs text_encoder/llm" in error(path=tmp_path)
     assert "the folder" in error(output="none/prompt.safetensors")
     assert "the prompt would overwrite the image" in error(output="first.png")

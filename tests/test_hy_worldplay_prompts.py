@@ -110,7 +110,9 @@ def test_files_that_are_no_prompt_are_refused(tmp_path: Path):
     with pytest.raises(SaveFileError, match="cannot read the saved prompt"):
         load_prompt(tmp_path / "nothing")
     write_save(file, {"model": "another"}, states(), PROMPT)
-    with pytest.raises(SaveFileError, match="a prompt for 'another', not for 'hy_worldplay' or 'hy_worldplay_wan'"):
+    with pytest.raises(
+        SaveFileError, match="for 'another', not for 'hy_worldplay' or 'hy_worldplay_wan' or 'matrix_game3'"
+    ):
         load_prompt(file)
     write_save(file, {"model": ["hy_worldplay"]}, states(), PROMPT)
     with pytest.raises(SaveFileError, match=r"a prompt for \['hy_worldplay'\], not for"):
@@ -126,5 +128,5 @@ def test_the_wan_variants_prompt_is_its_text_alone(tmp_path: Path):
         save_prompt(file, states(), "a street", model="hy_worldplay_wan")
     with pytest.raises(InputError, match="a prompt needs states named vision"):
         save_prompt(file, {"text": text}, "a street")
-    with pytest.raises(InputError, match="prompts are saved for hy_worldplay or hy_worldplay_wan, got 'courtyard'"):
+    with pytest.raises(InputError, match="prompts are saved for hy_worldplay or hy_worldplay_wan or matrix_game3"):
         save_prompt(file, states(), "a street", model="courtyard")

@@ -71,6 +71,25 @@ def test_half_precision_is_kept_and_no_text_is_a_text(folder: Path):
     assert (states.dtype, list(states.shape)) == (torch.bfloat16, [1, 1, wan_tiny.TINY.text])
 
 
+def test_a_negative_prompt_is_encoded_beside_it(umt5: tuple[Any, Any], folder: Path):
+    states = load_wan_encoder(folder, "cpu", torch.float32).encode("a lake", "blurry")
+    assert set(states) == {"text", "negative_text"}
+    assert relative(states["text"], plain(umt5, "a lake")) <= 1e-5
+    assert relative(states["negative_text"], plain(umt5, "blurry")) <= 1e-5
+
+
+def test_the_command_writes_prompts_of_matrix_game3(folder: Path, tmp_path: Path):
+    """With states of the negative prompt, empty unless given: one file serves both of its models."""
+    file = tmp_path / "prompt.safetensors"
+    options = ["prompt", "matrix_game3", "--path", str(folder), "--text", "a lake", "-o", str(file)]
+    assert main([*options, "--dtype", "float32", "--device", "cpu"]) == 0
+    states = load_prompt(file)
+    assert {name: list(t.shape[2:]) for name, t in states.items()} == {
+        "text": [wan_tiny.TINY.text], "negative_text": [wan_tiny.TINY.text],
+    }  # fmt: skip
+    assert states["negative_text"].shape[1] == 1
+
+
 def test_a_text_that_is_too_long_or_none_is_refused(folder: Path):
     encoder = load_wan_encoder(folder, dtype=torch.float32)
     count = encoder.encode("ab" * 250)["text"].shape[1]

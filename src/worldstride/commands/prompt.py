@@ -20,13 +20,16 @@ from worldstride.models.hy_worldplay.prompts import load_prompt, save_prompt
 from worldstride.models.hy_worldplay.wan_encoder import load_wan_encoder
 from worldstride.models.registry import find
 
+_OF_TEXT = {"hy_worldplay_wan": False, "matrix_game3": True}
+"""Models whose prompt is a text alone, and whether one of their variants is guided."""
+
 
 @dataclass(frozen=True)
 class Prompt:
     """Encode a text, and a first image where the model asks for one, and save the states: playing needs no encoder."""
 
     model: ModelName
-    """Name of the model: hy_worldplay or hy_worldplay_wan."""
+    """Name of the model: hy_worldplay, hy_worldplay_wan or matrix_game3."""
     path: Annotated[Path, arg(metavar="PATH")]
     """Folder with the encoders."""
     text: str
@@ -36,7 +39,7 @@ class Prompt:
     image: OptionalPath = None
     """First image, for hy_worldplay; cut around the middle and resized to the model's frames."""
     negative: str = ""
-    """What the world is not like, for guided models; others of hy_worldplay ignore it."""
+    """What the world is not like, for guided models; others ignore it."""
     device: OptionalText = None
     """"cpu", "cuda" or "cuda:1"; without it a GPU where there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -45,10 +48,10 @@ class Prompt:
     def run(self, command: str) -> int:
         """Encode, write, read back, and print what is in the file."""
         name = find(self.model).name
-        if name not in ("hy_worldplay", "hy_worldplay_wan"):
-            raise InputError(f"{name!r} takes no prompt; hy_worldplay and hy_worldplay_wan do")
+        if name not in _OF_TEXT and name != "hy_worldplay":
+            raise InputError(f"{name!r} takes no prompt; hy_worldplay, {' and '.join(_OF_TEXT)} do")
         temporary_beside(self.output)  # refuses a missing folder before any work is done
-        states = self._of_text() if name == "hy_worldplay_wan" else self._of_text_and_image()
+        states = self._of_text(name) if name in _OF_TEXT else self._of_text_and_image()
         save_prompt(self.output, states, self.text, self.negative, name)
         rows = [
             (
@@ -63,13 +66,14 @@ class Prompt:
         print(f"\n{self.output}: {self.output.stat().st_size} bytes")
         return 0
 
-    def _of_text(self) -> dict[str, Tensor]:
+    def _of_text(self, name: str) -> dict[str, Tensor]:
         if self.image is not None:
-            raise InputError(f"a prompt of hy_worldplay_wan is its text alone; leave out --image {self.image}")
-        if self.negative:
-            raise InputError(f"hy_worldplay_wan is not guided; leave out --negative {self.negative!r}")
+            raise InputError(f"a prompt of {name} is its text alone; leave out --image {self.image}")
+        guided = _OF_TEXT[name]
+        if self.negative and not guided:
+            raise InputError(f"{name} is not guided; leave out --negative {self.negative!r}")
         encoder = load_wan_encoder(self.path, pick_device(self.device), getattr(torch, self.dtype))
-        return encoder.encode(self.text)
+        return encoder.encode(self.text, self.negative if guided else None)
 
     def _of_text_and_image(self) -> dict[str, Tensor]:
         if self.image is None:

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from worldstride.errors import InputError, SaveFileError, did_you_mean
 from worldstride.models.hy_worldplay.loading import HEIGHT, WIDTH
-from worldstride.models.hy_worldplay.text import STATES, WORDS
+from worldstride.models.hy_worldplay.text import NEGATIVE, STATES, WORDS
 from worldstride.picture import fit_picture, read_picture
 from worldstride.savefile import PROMPT, read_save, write_save
 
 _NEEDED: Mapping[str, tuple[Sequence[str], Sequence[str]]] = MappingProxyType(
-    {"hy_worldplay": (STATES, ("text", "vision")), "hy_worldplay_wan": (WORDS, ("text",))}
+    {
+        "hy_worldplay": (STATES, ("text", "vision")),
+        "hy_worldplay_wan": (WORDS, ("text",)),
+        "matrix_game3": ((*WORDS, *(NEGATIVE + word for word in WORDS)), ("text",)),
+    }
 )
 """Names of the states that each model takes, and of those that it cannot do without."""
 
@@ -35,7 +39,7 @@ def save_prompt(
 ) -> None:
     """Write the states of a prompt, in the precision they have, with what was encoded beside them.
 
-    `states` are as `PromptEncoders.encode` gives them, or `WanTextEncoder.encode` for the model "hy_worldplay_wan".
+    `states` are as `PromptEncoders.encode` gives them, or `WanTextEncoder.encode` for the others.
     Raises `InputError` on states that are none of a prompt for the model, and where the file cannot be written.
     """
     if model not in _NEEDED:

@@ -1,6 +1,7 @@
-"""umT5, the text encoder of HY-WorldPlay's WAN-5B variant: what its prompts' states are computed with, once.
+"""umT5, the text encoder of HY-WorldPlay's WAN-5B variant and of Matrix-Game-3.0: what their prompts' states are
+computed with, once.
 
-How a text is cleaned and cut into tokens comes from diffusers' pipeline of Wan, which the variant is built on.
+How a text is cleaned and cut into tokens comes from diffusers' pipeline of Wan, which both are built on.
 """
 
 from __future__ import annotations
@@ -24,27 +25,32 @@ class WanTextEncoder:
         self.path, self.device, self.dtype = path, device, dtype
 
     @torch.no_grad()
-    def encode(self, text: str) -> dict[str, Tensor]:
-        """The states of a prompt, on the CPU, as `Engine.open` takes them: "text" [1, L, 4096] in the given precision.
+    def encode(self, text: str, negative: str | None = None) -> dict[str, Tensor]:
+        """The states of a prompt, on the CPU, as `Engine.open` takes them: "text" [1, L, 4096] in the given precision,
+        and "negative_text" where a negative prompt is given.
 
         Rows of padding are left out; the model fills them up with zeros, as the pipeline does. Raises `InputError` on
         what is no text or has more than 512 tokens, `CheckpointError` on files that do not fit.
         """
-        if not isinstance(text, str):
-            raise InputError(f"the text must be a string, got {type(text).__name__}")
+        texts = {"text": text} if negative is None else {"text": text, "negative_text": negative}
+        for one in texts.values():
+            if not isinstance(one, str):
+                raise InputError(f"the text must be a string, got {type(one).__name__}")
         _, diffusers = encoder_files.libraries()
         model, tokenizer = encoder_files.wan_text_encoder(self.path, self.dtype)
-        cleaned = diffusers.pipelines.wan.pipeline_wan.prompt_clean(text)
-        count = len(tokenizer(cleaned).input_ids)
-        if count > ROWS:
-            raise InputError(f"a text may have {ROWS} tokens, got {count}; shorten {text[:40]!r}...")
+        clean, counts = diffusers.pipelines.wan.pipeline_wan.prompt_clean, dict[str, int]()
+        for name, one in texts.items():
+            counts[name] = len(tokenizer(clean(one)).input_ids)
+            if counts[name] > ROWS:
+                raise InputError(f"a text may have {ROWS} tokens, got {counts[name]}; shorten {one[:40]!r}...")
         model.to(self.device)
-        pipeline = diffusers.WanPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, scheduler=None)
-        # padding is not seen: states are the same without it
-        states, _ = pipeline.encode_prompt(
-            text, do_classifier_free_guidance=False, max_sequence_length=count, device=self.device, dtype=self.dtype
-        )
-        made = {"text": states.cpu()}
+        pipeline, made = diffusers.WanPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, scheduler=None), {}
+        for name, one in texts.items():  # padding is not seen: states are the same without it
+            states, _ = pipeline.encode_prompt(
+                one, do_classifier_free_guidance=False, max_sequence_length=counts[name], device=self.device,
+                dtype=self.dtype,
+            )  # fmt: skip
+            made[name] = states.cpu()
         let_go(model, self.device)
         return made
 
