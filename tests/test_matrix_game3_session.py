@@ -13,10 +13,10 @@ from torch import Tensor
 import worldstride
 from hy_variants import latents
 from mg3_golden import CHUNKS, actions, begin, case, engine, expected, model, noise, published
-from worldstride import Action, Session
+from worldstride import Acceleration, Action, Session
 from worldstride.denoising.solvers import UniPC
 from worldstride.errors import InputError
-from worldstride.models.matrix_game3 import retrieval
+from worldstride.models.matrix_game3 import rays, retrieval
 from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
 from worldstride.models.matrix_game3.controls import CONTROLS
 from worldstride.models.matrix_game3.weights import build
@@ -246,3 +246,40 @@ def test_compiled_blocks_give_the_same():
     played(session, 2)
     assert far(latents(session), expected()[:25]) < 1e-5
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("memory", "kept"), [(0, ()), (1, (1,)), (3, (6, 7, 1)), (5, (6, 7, 9, 10, 1))])
+def test_memory_may_be_bounded(memory: int, kept: tuple[int, ...]):
+    """The sink's slot is the last to go; a slot keeps the view that it is told relative to."""
+    session = begin()
+    played(session, 1)
+    session.acceleration = Acceleration("bounded", memory=memory)
+    seen = list[Tensor]()
+    plain = rays.recalled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rays, "recalled", lambda cameras, of: (seen.append(of), plain(cameras, of))[1])
+        report = session.step(actions(*CHUNKS[1]), noise=noise(1)).report
+    assert report.context.memory == kept
+    assert report.context_latents == memory
+    if memory:
+        new = session.history.cameras(slice(-10, None))
+        asked = [*[9, 7, 5, 3][: memory - 1], 1]
+        assert torch.allclose(seen[0][0].float(), new[asked])
+
+
+def test_worlds_are_stepped_together():
+    of = engine()
+    one, two = begin(of), begin(of)
+    for session in (one, two):
+        session._state.prompt = one._state.prompt
+    two._state.noise_seed = 5
+    alone = [s.fork() for s in (one, two)]
+    for action in (FORWARD, TURN):
+        together = worldstride.step_together([one, two], actions=[action, action])
+        apart = [s.step(action) for s in alone]
+        assert [c.report.batch for c in together] == [2, 2]
+        for made, other in zip(together, apart, strict=True):
+            assert np.abs(made.frames.astype(int) - other.frames).max() <= 1
+    assert far(latents(one), latents(alone[0])) < 1e-5
+    assert far(latents(two), latents(alone[1])) < 1e-5
+    assert not torch.equal(latents(one)[1:], latents(two)[1:])
