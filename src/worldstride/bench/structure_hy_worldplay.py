@@ -2,10 +2,11 @@
 
 The same weights and the same mathematics, but (specification, sections 1 and 6, a to h): modulation for every token,
 rotary tables built on the host in every forward and sent to the device again in every block, camera matrices for every
-token, in every block, queries, keys and values projected apart, keys and values concatenated twice a block and step,
-both streams' context stored, the last block of the context pass computed in full, autocast in half precision, which
-leaves layer norms in float32 and rounds cameras, torch's default attention, and a decoder of that kind
-(`structure_hunyuan_vae`).
+token, queries, keys and values projected apart, keys and values concatenated twice a block and step, both streams'
+context stored, the last block of the context pass computed in full, autocast in half precision, which leaves layer
+norms in float32 and rounds cameras, torch's default attention, and a decoder of that kind (`structure_hunyuan_vae`).
+The specification does not tell where camera matrices are made, nor how tables are: here plainly, in every block, and
+axis by axis.
 """
 
 from __future__ import annotations
