@@ -140,7 +140,7 @@ def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
         if group[0].rule is None:
             found = _by_coverage(group, candidates)
         else:
-            found = [_by_rule(one, one.rule, candidates) for one in group if one.rule]
+            found = [_by_rule(one, one.rule, candidates) for one in group if one.rule is not None]
     return [
         (
             ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), one.reason),
@@ -182,7 +182,8 @@ def _by_rule(one: Lookup, rule: Recalls | FillsSlots, candidates: Sequence[int])
     if not count:
         return (), (), newest
     if one.recall is not None:
-        chosen = _checked(one.recall, candidates, count, slots=isinstance(rule, FillsSlots))
+        slots = isinstance(rule, FillsSlots)
+        chosen = _slots(one.recall, candidates, count) if slots else _checked(one.recall, candidates, count, fewer=True)
         return chosen, rule.shown(cameras[chosen], coming, one.points), newest
     if isinstance(rule, FillsSlots):
         shown = [one.history.entries[i].shown.cameras for i in candidates]
@@ -191,17 +192,22 @@ def _by_rule(one: Lookup, rule: Recalls | FillsSlots, candidates: Sequence[int])
     return *rule.recall(cameras, coming, one.points, candidates, count), newest
 
 
-def _checked(recall: Sequence[int], candidates: Sequence[int], count: int, slots: bool | None = None) -> list[int]:
-    """Places to bring back: `count` of them; where a model has a rule at most as many, or one for each of its slots."""
-    chosen, known, fewer = list(recall) if slots else sorted(recall), set(candidates), slots is False
+def _checked(recall: Sequence[int], candidates: Sequence[int], count: int, fewer: bool = False) -> list[int]:
+    chosen, known = sorted(recall), set(candidates)
     right = len(chosen) <= count if fewer else len(chosen) == count
-    if slots and right and known.issuperset(chosen):
-        return chosen
-    if slots or not right or len(set(chosen)) != len(chosen) or not known.issuperset(chosen):
+    if not right or len(set(chosen)) != len(chosen) or not known.issuperset(chosen):
         many = f"at most {count}" if fewer else f"{count}"
         raise InputError(
             f"recall must name {many} different places from {candidates[0]} to {candidates[-1]}, got {list(recall)}"
         )
+    return chosen
+
+
+def _slots(recall: Sequence[int], candidates: Sequence[int], count: int) -> list[int]:
+    """A place for each slot, in the slots' order."""
+    chosen = list(recall)
+    if len(chosen) != count or not set(candidates).issuperset(chosen):
+        raise InputError(f"recall must name {count} places from {candidates[0]} to {candidates[-1]}, got {chosen}")
     return chosen
 
 

@@ -17,6 +17,13 @@ _PIECES, _PIECE = 64, 1 << 16
 """Of every file so many pieces of so many bytes enter its fingerprint, besides names and shapes."""
 
 
+_FILES = (
+    "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors", "model.safetensors",
+)  # fmt: skip
+"""Files that a folder's weights lie in, of which the first that is there is read."""
+
+
 class Shards(Mapping[str, Tensor]):
     """Name -> tensor of safetensors files; nothing but names is held."""
 
@@ -75,6 +82,14 @@ def find(folder: Path, names: Sequence[str]) -> list[Path]:
             raise CheckpointError(f"{file} names {len(absent)} files that are not there: {', '.join(absent[:3])}")
         return files
     return []
+
+
+def published(folder: Path, origin: str) -> Shards:
+    """The tensors of a folder's safetensors files; a `CheckpointError` says that they come from `origin`."""
+    files = find(folder, _FILES)
+    if not files:
+        raise CheckpointError(f"{folder} holds none of {', '.join(_FILES)}; it is the {origin}")
+    return Shards(files)
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], file: Path, what: str) -> None:

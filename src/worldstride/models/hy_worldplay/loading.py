@@ -17,7 +17,7 @@ from worldstride.models.hy_worldplay.model import HYNetwork
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.weights import build
 from worldstride.models.published import filled
-from worldstride.models.shards import Shards, find, read_json
+from worldstride.models.shards import published, read_json
 from worldstride.models.video_codec import laid_out
 from worldstride.models.video_decoder import VideoDecoder
 
@@ -30,10 +30,6 @@ VARIANTS: dict[str, tuple[type[EightB], int, float | None]] = {
     "ar_rl_model": (HYWorldPlay, 50, 6.0), "bidirectional_model": (HYJoint, 50, 6.0),
 }  # fmt: skip
 """Folders of the 8B models, the distilled one first: class, steps, and scale of classifier-free guidance."""
-_FILES = (
-    "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors", "model.safetensors",
-)  # fmt: skip
 _BASE = "tencent/HunyuanVideo-1.5"
 
 
@@ -97,11 +93,3 @@ def _vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VideoV
     settings = VAEConfig.from_json(read_json(config)) if config.is_file() else VAEConfig()
     vae = filled(lambda: VideoVAE(settings), None, tensors, str(folder), "VAE of its configuration", device, dtype)
     return laid_out(vae), tensors.fingerprint()
-
-
-def published(folder: Path, origin: str) -> Shards:
-    """The tensors of a folder's safetensors files; a `CheckpointError` says that they come from `origin`."""
-    files = find(folder, _FILES)
-    if not files:
-        raise CheckpointError(f"{folder} holds none of {', '.join(_FILES)}; it is the {origin}")
-    return Shards(files)

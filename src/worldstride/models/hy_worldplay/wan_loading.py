@@ -11,13 +11,13 @@ import torch
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.drawing import drawn, storage_of
 from worldstride.models.hy_worldplay.encoder_files import WAN
-from worldstride.models.hy_worldplay.loading import EightB, load_hy_worldplay, published
+from worldstride.models.hy_worldplay.loading import EightB, load_hy_worldplay
 from worldstride.models.hy_worldplay.wan import WanConfig, WanNetwork
 from worldstride.models.hy_worldplay.wan_adapter import WanWorldPlay
 from worldstride.models.hy_worldplay.wan_weights import build
 from worldstride.models.pickled import Pickled
 from worldstride.models.published import filled
-from worldstride.models.shards import read_json
+from worldstride.models.shards import published, read_json
 from worldstride.models.video_codec import laid_out
 from worldstride.models.video_decoder import VideoDecoder
 from worldstride.models.wan.vae import WanVAE, WanVAEConfig

@@ -19,7 +19,7 @@ from worldstride.models.matrix_game3.model import MG3Network
 from worldstride.models.matrix_game3.weights import build, config_of
 from worldstride.models.pickled import Pickled
 from worldstride.models.published import filled
-from worldstride.models.shards import Shards, find, read_json
+from worldstride.models.shards import published, read_json
 from worldstride.models.video_codec import laid_out
 from worldstride.models.video_decoder import VideoDecoder
 from worldstride.models.wan import native
@@ -37,10 +37,6 @@ ORIGIN = "Skywork/Matrix-Game-3.0"
 _VAE, _REPACK = "Wan2.2_VAE.pth", "FastVideo/Matrix-Game-3.0-Base-Distilled-Diffusers"
 _PLAIN = "Matrix-Game-3.0-Base-Diffusers"
 """Name of the repack of the model that is not distilled."""
-_FILES = (
-    "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors", "model.safetensors",
-)  # fmt: skip
 _DECODING = ("decoder.", "post_quant_conv.")
 _ENTRIES = ("state_dict", "gen_model", "generator")
 _SIZES = {"num_heads": "heads", "text_len": "rows", "sigma_theta": "spread", "eps": "eps"}
@@ -79,10 +75,7 @@ def load_matrix_game3(
         raise CheckpointError(f"{path} is no folder; give that of {ORIGIN}, or {' or '.join(VARIANTS)} in it")
     root, folder, variant = _places(path)
     steps, guidance = VARIANTS[variant]
-    files = find(folder, _FILES)
-    if not files:
-        raise CheckpointError(f"{folder} holds none of {', '.join(_FILES)}; it is the folder {folder.name} of {ORIGIN}")
-    tensors = Shards(files)
+    tensors = published(folder, f"folder {folder.name} of {ORIGIN}")
     bare = {name.removeprefix("model."): name for name in tensors}
     given = _Renamed(tensors, bare)
     try:
@@ -155,8 +148,8 @@ def _vae(root: Path, decoder: str | None, device: torch.device, dtype: torch.dty
         tensors = Pickled(file, _ENTRIES)
         whole = native.converted(tensors, str(file))
         config = native.config_of(whole, str(file))
-    elif (folder / "config.json").is_file() and (files := find(folder, _FILES)):
-        tensors = Shards(files)
+    elif (folder / "config.json").is_file():
+        tensors = published(folder, f"folder vae of {_REPACK}")
         whole, config = dict(tensors), WanVAEConfig.from_json(read_json(folder / "config.json"))
     else:
         raise CheckpointError(f"there is neither {file}, of {ORIGIN}, nor {folder} with config.json, as of {_REPACK}")
