@@ -224,7 +224,7 @@ def test_the_last_block_computes_what_is_read_alone():
     session = begin(engine(of))
     plain = of.network.velocity
 
-    def both(x: Tensor, levels: Tensor, memory: Any, chunk: Any, text: Any, attend: Any, given: int) -> Tensor:
+    def both(x: Tensor, levels: Tensor, memory: Any, chunk: Any, text: Any, attend: Any, given: int, *_: Any) -> Tensor:
         part = plain(x, levels, memory, chunk, text, attend, given)
         whole = plain(x, levels, memory, chunk, text, attend, 0)[:, given:]
         asked.append((part - whole).abs().max() / part.abs().max())

@@ -32,6 +32,19 @@ class AttentionReuse:
 
 
 @dataclass(frozen=True)
+class FrozenContext:
+    """Of a model whose evaluations hold context and new latents in one sequence: the context's keys and values are
+    computed once for several evaluations of a chunk, whose later ones compute the new latents alone."""
+
+    evaluations: int | None = None
+    """Evaluations that share one computation of the context; None shares it among all of a chunk's."""
+
+    def __post_init__(self) -> None:
+        if self.evaluations is not None:
+            integer_from("acceleration.frozen.evaluations", self.evaluations, 1)
+
+
+@dataclass(frozen=True)
 class Acceleration:
     """What to spend. Every lever at None means full compute: the model's plain loop, bit for bit."""
 
@@ -47,6 +60,9 @@ class Acceleration:
     """Most recent latents to attend to, at most the model's own number."""
     memory: int | None = None
     """Retrieved latents to attend to, at most the model's own number; 0 forgets everything but window and sink."""
+    merged: bool | None = None
+    """Whether slots of memory that hold the same latent become one, of a model that fills slots: that which shows most
+    of its view stays."""
     warmup: int = 0
     """First chunks of a world that are made at full compute."""
     pose: PoseView = field(default_factory=PoseView)
@@ -63,6 +79,8 @@ class Acceleration:
     """Choose the number of steps by what is known of the coming views."""
     attention: AttentionReuse | None = None
     """Reuse attention to the context within a chunk."""
+    frozen: FrozenContext | None = None
+    """Compute the context once for several evaluations, of a model that has it in every one."""
     sparsity: Sparsity | None = None
     """Attend to some blocks of the context only."""
 
@@ -71,6 +89,8 @@ class Acceleration:
             if getattr(self, name) is not None:
                 integer_from(f"acceleration.{name}", getattr(self, name), least)
         integer_from("acceleration.warmup", self.warmup, 0)
+        if self.merged is not None and not isinstance(self.merged, bool):
+            raise InputError(f"acceleration.merged must be true or false, got {self.merged!r}")
         if self.shift is not None:
             number_in("acceleration.shift", self.shift, 0, 1e6, open_low=True)
         if self.steps is not None and self.adaptive is not None and self.adaptive.few >= self.steps:
@@ -106,8 +126,8 @@ class Acceleration:
 _Settings = TypeVar("_Settings")
 _BRANCHES: dict[str, type] = {
     "pose": PoseView, "temporal": TemporalWindow, "spatial": SpatialMemory, "kept": KeptContext, "cache": StepCache,
-    "adaptive": AdaptiveSteps, "attention": AttentionReuse, "sparsity": Sparsity, "denoise": Selection,
-    "context": Selection,
+    "adaptive": AdaptiveSteps, "attention": AttentionReuse, "frozen": FrozenContext, "sparsity": Sparsity,
+    "denoise": Selection, "context": Selection,
 }  # fmt: skip
 """Settings that are settings themselves."""
 

@@ -12,7 +12,8 @@ from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport, densities
 
 LEVERS = (
-    "steps", "solver", "window", "memory", "temporal", "spatial", "kept", "cache", "adaptive", "attention", "sparsity"
+    "steps", "solver", "window", "memory", "temporal", "spatial", "kept", "cache", "adaptive", "merged", "attention",
+    "frozen", "sparsity",
 )  # fmt: skip
 """Fields of `Acceleration` that save something."""
 
@@ -67,6 +68,9 @@ def _saved(name: str, shape: ChunkShape, reports: Sequence[ChunkReport]) -> str:
         "adaptive": f"{mean(lambda r: sum(e.computed for e in r.evaluations))} evaluations a chunk",
         "attention": f"{mean(lambda r: sum(e.computed and not e.attended for e in r.evaluations))} evaluations a chunk "
         "reused attention to the context",
+        "merged": f"{mean(lambda r: len(r.context.memory))} of {mean(lambda r: r.context.filled)} slots a chunk",
+        "frozen": f"{mean(lambda r: sum(e.computed and not e.attended for e in r.evaluations))} evaluations a chunk "
+        "computed the new latents alone",
         "sparsity": _sparsity(reports),
     }[name]
 
@@ -108,6 +112,8 @@ def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequ
         return "full compute is no more than was asked for"
     if name == "solver":
         return "the model brings its own solver"
+    if name == "merged":
+        return "no latent was in two slots" if any(r.context.slots for r in late) else "the model fills no slots"
     if name == "sparsity":
         known = [r.sparsity for r in late if r.sparsity is not None]
         decisions = [d for r in known for d in r.decisions.values()]

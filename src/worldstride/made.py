@@ -12,7 +12,7 @@ from worldstride.attention import SparsityReport
 from worldstride.context.kept import clips
 from worldstride.context.selection import bounded
 from worldstride.denoising import DenoisePlan, Evaluation
-from worldstride.protocol import Costed
+from worldstride.protocol import Costed, FreezesContext
 
 if TYPE_CHECKING:
     from worldstride.stepping import Pending
@@ -55,6 +55,8 @@ class Made:
         whole = min(shape.memory, p.signals.candidates)
         most = bounded(whole, s.memory)
         asked = full.steps if s.steps is None else s.steps
+        reused = any(e.computed and not e.attended for e in self.evaluations)
+        freezes = isinstance(p.session.engine.model, FreezesContext)
         did = {
             "steps": asked < full.steps,
             "solver": s.solver is not None and spec.solver == s.solver and full.solver != s.solver,
@@ -66,7 +68,9 @@ class Made:
             "kept": p.absent is not None and len(p.absent) < self.context_latents,
             "cache": any(not e.computed for e in self.evaluations),
             "adaptive": s.adaptive is not None and spec.steps < asked,
-            "attention": any(e.computed and not e.attended for e in self.evaluations),
+            "merged": 0 < len(p.context.memory) < p.context.filled,
+            "attention": reused and not freezes,
+            "frozen": reused and freezes,
             "sparsity": self.sparsity is not None and any(d < 1 for d in self.sparsity.density.values()),
         }
         return tuple(name for name, fired in did.items() if fired)
@@ -86,6 +90,12 @@ class Made:
             groups = clips(p.absent, total, len(p.context.window), shape.new)
             context = sum(model.context_flops(len(g), g[-1] + 1) for g in groups)
         made, branches = shape.clean + shape.new, 1 if self.plan.sampler.guidance is None else 2
+        if isinstance(model, FreezesContext):
+            whole = total + made
+            every = model.joint_flops(whole, whole * density.get("context", 1.0))
+            new = model.joint_flops(shape.new, whole * density.get("chunk", 1.0))
+            each = (every if e.attended else new for e in self.evaluations if e.computed)
+            return {"context": context, "denoise": branches * sum(each)}
         seen = max(0.0, density.get("chunk", 1.0) * (total + made) - made)
         each = (model.evaluation_flops(made, seen if e.attended else 0) for e in self.evaluations if e.computed)
         return {"context": context, "denoise": branches * sum(each)}

@@ -151,6 +151,8 @@ class Recalled:
     """Latents of the whole context that these are a part of; None where they are all of it."""
     numbers: tuple[int, ...] = ()
     """Number of each latent in its world, from 0; may be empty."""
+    slots: tuple[int, ...] = ()
+    """Of a model that `FillsSlots`: the slot that each latent is in; may be empty, which means the first ones."""
     inputs: tuple[Inputs, ...] = ()
     """What `prepare` made of the coming chunk; may be empty."""
 
@@ -158,11 +160,11 @@ class Recalled:
         """Those at some places, whose latents are these [B, n, ...]."""
         rows = list(places)
         cameras, positions, kinds = self.cameras[:, rows], self.positions[rows], self.kinds[rows]
-        led, numbers = (tuple(of[i] for i in rows) if of else () for of in (self.led, self.numbers))
+        led, numbers, slots = (tuple(of[i] for i in rows) if of else () for of in (self.led, self.numbers, self.slots))
         whole = len(self.positions) if self.whole is None else self.whole
         return replace(
             self, latents=latents, cameras=cameras, positions=positions, kinds=kinds, led=led, whole=whole,
-            numbers=numbers,
+            numbers=numbers, slots=slots,
         )  # fmt: skip
 
 
@@ -220,6 +222,26 @@ class ReusesAttention(Protocol):
 
     def reuse(self, context: Context, captured: Mapping[str, Any]) -> Context:
         """A context whose attention is what an evaluation captured."""
+        ...
+
+
+@runtime_checkable
+class FreezesContext(Protocol):
+    """A model of one bidirectional sequence whose context can be frozen within a chunk. No model needs to be one.
+
+    An evaluation leaves behind what the new latents see of all others; later ones compute the new latents alone.
+    """
+
+    def capturing(self, context: Context) -> Context:
+        """The same context; evaluations then capture what they make of it."""
+        ...
+
+    def frozen(self, context: Context, captured: Mapping[str, Any]) -> Context:
+        """The context as an evaluation captured it; evaluations then compute the new latents alone."""
+        ...
+
+    def joint_flops(self, latents: int, seen: float) -> float:
+        """Floating-point operations of one evaluation of latents that attend to `seen` latents each."""
         ...
 
 
@@ -293,6 +315,10 @@ class FillsSlots(Protocol):
         `frames` [F, 4, 4] are cameras of all frames that may be brought back, in order of time, `places` the places of
         the latents that show them, `coming` [T, 4, 4] the new latents' cameras.
         """
+        ...
+
+    def slots(self, count: int) -> list[int]:
+        """Numbers of the slots that are filled where there may be `count`."""
         ...
 
     def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:

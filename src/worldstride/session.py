@@ -26,11 +26,13 @@ from worldstride.protocol import (
     ChunkShape,
     EncodesPrompt,
     FillsSlots,
+    FreezesContext,
     KeepsLatents,
     LabelsMotion,
     Led,
     Navigator,
     Recalls,
+    WorldModel,
 )
 from worldstride.state import Chunk, SessionState, moved_on, shown
 from worldstride.stepping import Made, Pending, carry_out, grouped
@@ -39,6 +41,9 @@ from worldstride.wishes import Wish, acting, along
 
 if TYPE_CHECKING:
     from worldstride.engine import Engine
+
+
+_ALL = 1_000_000  # more evaluations than any chunk has
 
 
 class Session:
@@ -114,6 +119,7 @@ class Session:
         lookup = Lookup(
             state.history, shape, frame_cameras, state.points, intrinsics, settings.window, settings.memory,
             recall=recall, rule=model if isinstance(model, (Recalls, FillsSlots)) else None,
+            merged=bool(settings.merged),
         )  # fmt: skip
         view = self._view(settings, intrinsics)
         wanted = Wanted(lookup, state.policy, settings.temporal, settings.spatial, view)
@@ -124,9 +130,9 @@ class Session:
         """The chunk that was asked for with the context that was planned for it, in `select` seconds."""
         model, state, settings, clock = self.engine.model, asked.state, asked.settings, Stopwatch(torch.device("cpu"))
         context, signals, policy = planned
-        refresh = None if settings.attention is None else settings.attention.evaluations
         plan, caching, knowing = plan_denoising(
-            model.sampler, settings.steps, settings.shift, settings.solver, settings.cache, settings.adaptive, refresh,
+            model.sampler, settings.steps, settings.shift, settings.solver, settings.cache, settings.adaptive,
+            _shared(settings, model),
             signals.pose, policy.caching, policy.knowing, settings.name,
         )  # fmt: skip
         absent = None
@@ -337,6 +343,14 @@ def step_together(
             session._state = state
         raise
     return [chunks[id(s)] for s in sessions]
+
+
+def _shared(settings: Acceleration, model: WorldModel) -> int | None:
+    """Evaluations that share one attention to the context, or one computation of it; None where none do."""
+    if isinstance(model, FreezesContext):
+        frozen = settings.frozen
+        return None if frozen is None else frozen.evaluations or _ALL
+    return None if settings.attention is None else settings.attention.evaluations
 
 
 def in_force(settings: Acceleration, chunk: int) -> Acceleration:

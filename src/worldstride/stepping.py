@@ -83,7 +83,8 @@ class Pending:
         led = (*(entries[i].led for i in plan.rows), None, *self.led)
         if isinstance(self.session.engine.model, FillsSlots):
             past = entries[len(entries) - self.shape.clean :]
-            led = (*led, *(entries[i].index for i in plan.rows), *(action for e in past for action in e.shown.actions))
+            numbers = (entries[i].index for i in plan.rows)
+            led = (*led, *numbers, plan.slots, *(action for e in past for action in e.shown.actions))
         decoder = tuple((name, tuple(t.shape)) for name, t in sorted(state.decoder.items()))
         where = (state.chunk, self.shape, counts, self.absent, sees, own, decoder, self.settings.sparsity)
         return (*where, *how, self.actions, led, prompt, id(self.session.engine))
@@ -106,7 +107,8 @@ class _Batch:
         if settings is None or not isinstance(model, AttendsSparsely):
             return engine.attention
         plan = first.context
-        segments = (len(plan.sink), len(plan.memory), len(plan.window))
+        shape = first.shape
+        segments = (len(plan.sink), len(plan.memory), len(plan.window), shape.clean, shape.new)
         return SparseAttend(engine.attention, settings, model.token_grid, segments, engine.rates, engine.layouts)
 
     def sparsity(self, attend: Attend) -> SparsityReport | None:
@@ -137,7 +139,16 @@ class _Batch:
         led = tuple(first.state.history.entries[i].led for i in first.context.rows)
         numbers = tuple(first.state.history.entries[i].index for i in first.context.rows)
         recalled = Recalled(
-            latents, cameras, positions, kinds, led, self.intrinsics, first.encoded, numbers=numbers, inputs=inputs
+            latents,
+            cameras,
+            positions,
+            kinds,
+            led,
+            self.intrinsics,
+            first.encoded,
+            numbers=numbers,
+            slots=first.context.slots,
+            inputs=inputs,
         )
         if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration

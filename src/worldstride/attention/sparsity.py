@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, get_args, overload
 
 import torch
@@ -93,7 +94,7 @@ class SparseAttend(Attending):
             settings: what is asked for.
             grid: rows and columns of a latent's tokens.
             segments: latents of each part of the context in the order of the model's tokens, such as memory and
-                window; no block reaches from one into another.
+                window, and of the chunk behind it; no block reaches from one into another.
             rates: what attention costs on the device for heads of so many channels; where it gives None, what was
                 asked for is done.
             layouts: layouts made before, and what this one makes: for the owner to hand on.
@@ -149,8 +150,9 @@ class SparseAttend(Attending):
         self._remark = text
 
     def _parts(self, past: int) -> tuple[int, ...]:
-        """Latents of each part of a context of so many."""
-        return self.segments if sum(self.segments) == past else (past,) if past else ()
+        """Latents of each part of a context of so many: the first segments, where they are as many together."""
+        parts = [n for n, whole in zip(self.segments, accumulate(self.segments), strict=True) if whole <= past]
+        return tuple(parts) if sum(parts) == past else (past,) if past else ()
 
     def _made(
         self, parts: tuple[tuple[int, ...], tuple[int, ...], int], device: torch.device, before: tuple[int, ...] = ()

@@ -149,8 +149,9 @@ def _scored(cameras: Tensor, shape: ChunkShape, ends: Tensor, view: View, window
     if not kept:
         return [PoseScores()] * batch
     first, recent = spans(kept, shape, window)
-    seen = visible(ends, cameras[:, first:kept], view)  # [B, 2, N, P]
-    past, near = seen.split([kept - recent - first, recent], 2)
+    # latents that the chunk goes on from are as near as the window: memory adds nothing to what they show
+    seen = visible(ends, cameras[:, first:], view)  # [B, 2, N, P]
+    past, near = seen.split([kept - recent - first, recent + shape.clean], 2)
     newest = similarity(seen[:, :, -shape.new :]).mean((1, 2)).tolist()
     known = seen.any(2).float().mean((1, 2)).tolist()
     clips = clip_similarity(similarity(past), shape.new)  # [B, clips]

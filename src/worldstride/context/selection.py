@@ -46,6 +46,10 @@ class ContextPlan:
     memory: tuple[int, ...]
     window: tuple[int, ...]
     reason: str = "full compute"
+    slots: tuple[int, ...] = ()
+    """Of a model that `FillsSlots`: the slot that each latent of the memory is in; empty for others."""
+    filled: int = 0
+    """Slots that were filled, before those that hold the same latent were merged."""
 
     @property
     def rows(self) -> list[int]:
@@ -95,6 +99,8 @@ class Lookup:
     """Places between sink and window to bring back in place of those found by pose."""
     rule: Recalls | FillsSlots | None = None
     """What finds them by a rule of the model's own; None is greedy coverage."""
+    merged: bool = False
+    """Whether slots that hold the same latent become one."""
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -141,13 +147,28 @@ def _selected(group: Sequence[Lookup]) -> list[tuple[ContextPlan, Signals]]:
             found = _by_coverage(group, candidates)
         else:
             found = [_by_rule(one, one.rule, candidates) for one in group if one.rule is not None]
-    return [
-        (
-            ContextPlan(tuple(range(sink)), tuple(chosen), tuple(range(kept - recent, kept)), one.reason),
-            Signals(tuple(alike), newest, len(candidates), metres=speed[0], degrees=speed[1]),
+    made = list[tuple[ContextPlan, Signals]]()
+    for one, (chosen, alike, newest), (metres, degrees) in zip(group, found, speeds, strict=True):
+        stay, slots = _merged(one, chosen, alike)
+        memory, shown, window = [chosen[i] for i in stay], [alike[i] for i in stay], range(kept - recent, kept)
+        plan = ContextPlan(
+            tuple(range(sink)), tuple(memory), tuple(window), one.reason, tuple(slots), len(chosen) if slots else 0
         )
-        for one, (chosen, alike, newest), speed in zip(group, found, speeds, strict=True)
-    ]
+        made.append((plan, Signals(tuple(shown), newest, len(candidates), metres=metres, degrees=degrees)))
+    return made
+
+
+def _merged(one: Lookup, memory: Sequence[int], alike: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Which of a memory's slots stay, and their numbers: of those that hold the same latent the one that shows most of
+    its view, where they are to be merged. Without numbers where the memory has no slots."""
+    stay = [*range(len(memory))]
+    if not isinstance(one.rule, FillsSlots):
+        return stay, []
+    slots = one.rule.slots(len(memory))
+    if one.merged:
+        best = {place: max((i for i in stay if memory[i] == place), key=alike.__getitem__) for place in memory}
+        stay = sorted(best.values())
+    return stay, [slots[i] for i in stay]
 
 
 def _by_coverage(group: Sequence[Lookup], candidates: Sequence[int]) -> list[_Found]:

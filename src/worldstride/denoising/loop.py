@@ -13,7 +13,7 @@ from torch import Tensor
 from worldstride.attention import Attend
 from worldstride.denoising.solvers import Noise, Solver, make_solver
 from worldstride.denoising.stopwatch import Stopwatch
-from worldstride.protocol import Context, Inputs, Narrows, ReusesAttention, SamplerSpec, WorldModel
+from worldstride.protocol import Context, FreezesContext, Inputs, Narrows, ReusesAttention, SamplerSpec, WorldModel
 from worldstride.rows import on_device, rows_of
 
 Rule = Literal["hold", "extrapolate"]
@@ -34,7 +34,8 @@ class DenoisePlan:
     look: int | None = None
     """Step after whose evaluation the change of the predicted clean latents is asked for."""
     refresh: int | None = None
-    """Evaluations that share one attention to the context; None never keeps it."""
+    """Evaluations that share one attention to the context, or one computation of it (`protocol.FreezesContext`); None
+    never keeps it."""
 
     def batching(self, narrows: bool) -> tuple[object, ...]:
         """What worlds of one batch must have in common; all of the plan where the model cannot part them."""
@@ -53,7 +54,8 @@ class Evaluation:
     seconds: float
     """A world's share of the time of what was evaluated together."""
     attended: bool = True
-    """Whether attention to the context was computed, not reused."""
+    """Whether attention to the context, or the context itself where every evaluation has it, was computed, not
+    reused."""
 
 
 @dataclass(eq=False)
@@ -233,20 +235,24 @@ class Denoising:
 
     def _keeps_attention(self, t: _Track) -> bool:
         every = t.plan.refresh
-        return every is not None and every > 1 and isinstance(self.model, ReusesAttention) and self._guidance is None
+        keeps = isinstance(self.model, (ReusesAttention, FreezesContext))
+        return every is not None and every > 1 and keeps and self._guidance is None
 
     def _reusing(self, t: _Track) -> tuple[Tensor, bool]:
         """The velocity of a track that keeps its attention to the context, and whether that was computed anew."""
         model = self.model
-        if t.plan.refresh is None or not isinstance(model, ReusesAttention):
+        if t.plan.refresh is None or not isinstance(model, (ReusesAttention, FreezesContext)):
             raise ValueError("this plan keeps no attention")
+        capturing, reusing = (
+            (model.apart, model.reuse) if isinstance(model, ReusesAttention) else (model.capturing, model.frozen)
+        )
         t.part = t.part or self._narrowed(t.rows)
         inputs, whole = t.part
         anew = t.context is None or t.count % t.plan.refresh == 0
-        context = model.apart(whole) if anew or t.context is None else t.context
+        context = capturing(whole) if anew or t.context is None else t.context
         velocity, captured = self._velocity(self._rows(t.rows), [t.sigma] * len(t.rows), inputs, context)
         if anew:
-            t.context = model.reuse(whole, captured)
+            t.context = reusing(whole, captured)
         return velocity, anew
 
     def _velocity(

@@ -22,7 +22,7 @@ from worldstride.errors import InputError, integer_from
 from worldstride.models.matrix_game3 import cost, rays, retrieval
 from worldstride.models.matrix_game3.config import FRAMES, PATCH, PIXELS
 from worldstride.models.matrix_game3.controls import CONTROLS, Walker, guessed, numbers
-from worldstride.models.matrix_game3.model import MG3Network, Prepared, Text
+from worldstride.models.matrix_game3.model import Frozen, MG3Network, Prepared, Text
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
 from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
@@ -81,6 +81,10 @@ class MG3Context:
     """[B, M, C, h, w]; None where there are none."""
     prepared: tuple[Prepared, ...]
     """For each guidance branch."""
+    captures: bool = False
+    """Whether evaluations leave behind what new latents see of all others."""
+    frozen: tuple[Frozen, ...] = ()
+    """What one left behind, of every block; then new latents alone are computed."""
 
     @property
     def latents(self) -> int:
@@ -91,7 +95,8 @@ class MG3Context:
     def bytes(self) -> int:
         """Bytes of all of it."""
         own = 0 if self.memory is None else self.memory.numel() * self.memory.element_size()
-        return own + sum(p.bytes for p in self.prepared)
+        frozen = (t for block in self.frozen for t in (block.keys, block.values, *(block.moving or ())))
+        return own + sum(p.bytes for p in self.prepared) + sum(t.numel() * t.element_size() for t in frozen)
 
 
 class MatrixGame3:
@@ -187,8 +192,12 @@ class MatrixGame3:
         """See `FillsSlots.fill`. A world's first frame, which is a latent by itself, is never brought back."""
         own = [i for i, place in enumerate(places) if place > 0]
         chosen, alike = retrieval.filled(frames[own], [places[i] for i in own], coming, self._grid)
-        kept = [*range(count - 1), len(chosen) - 1][:count]  # the sink's slot goes last
+        kept = self.slots(count)
         return [chosen[i] for i in kept], [alike[i] for i in kept]
+
+    def slots(self, count: int) -> list[int]:
+        """See `FillsSlots.slots`: the sink's, which is the last, goes last."""
+        return [*range(count - 1), MEMORY - 1][:count]
 
     def shown(self, cameras: Tensor, coming: Tensor, points: Tensor) -> list[float]:
         """See `FillsSlots.shown`."""
@@ -218,6 +227,7 @@ class MatrixGame3:
         if not recalled.inputs:
             raise InputError(f"{self.name!r} needs to know the coming chunk: Recalled.inputs must be what prepare made")
         count = recalled.latents.shape[1]
+        slots = recalled.slots or self.slots(count)
         if count and len(recalled.numbers) != count:
             raise InputError(
                 f"{self.name!r} needs a number for each of {count} remembered latents, got {recalled.numbers}"
@@ -228,7 +238,7 @@ class MatrixGame3:
             numbers = [*range(inputs.first, inputs.first + latents)]
             remembered = count if inputs.branch == 0 else 0
             if remembered:
-                asking = [inputs.cameras[:, inputs.given + i] for i in _asking(count)]
+                asking = [inputs.cameras[:, inputs.given + retrieval.ASKING[slot]] for slot in slots]
                 seen.insert(0, rays.recalled(recalled.cameras.double(), torch.stack(asking, 1)))
                 numbers[:0] = recalled.numbers
             cameras = torch.cat(seen, 1).float().to(self.device, non_blocking=True)
@@ -241,8 +251,7 @@ class MatrixGame3:
         self, x: Tensor, sigma: float, inputs: MG3Inputs, context: Context, attend: Attend
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The network's own prediction for the new latents; given ones go nowhere."""
-        if not isinstance(context, MG3Context):
-            raise TypeError(f"context must be an MG3Context, got {type(context).__name__}")
+        context = _checked(context)
         batch, given = len(x), inputs.given
         level = float(int(1000 * sigma))
         if self.rounded:
@@ -251,8 +260,19 @@ class MatrixGame3:
         levels[:, given:] = level
         memory = context.memory if inputs.branch == 0 else None
         chunk = context.prepared[inputs.branch]
-        made = self.network.velocity(x, levels, memory, chunk, inputs.text, attend, given).float()
-        return torch.cat([torch.zeros_like(x[:, :given], dtype=made.dtype), made], 1), {}
+        left = list[Frozen]() if context.captures else None
+        of = (x, levels, memory, chunk, inputs.text, attend, given, left, context.frozen)
+        made = self.network.velocity(*of).float()
+        whole = torch.cat([torch.zeros_like(x[:, :given], dtype=made.dtype), made], 1)
+        return whole, {} if left is None else {"frozen": tuple(left)}
+
+    def capturing(self, context: Context) -> MG3Context:
+        """See `FreezesContext.capturing`."""
+        return replace(_checked(context), captures=True, frozen=())
+
+    def frozen(self, context: Context, captured: Mapping[str, Any]) -> MG3Context:
+        """See `FreezesContext.frozen`."""
+        return replace(_checked(context), captures=False, frozen=captured["frozen"])
 
     def clamp(self, x: Tensor, inputs: MG3Inputs) -> Tensor:
         """x with the given latents re-imposed."""
@@ -270,7 +290,11 @@ class MatrixGame3:
 
     def evaluation_flops(self, latents: int, context: float) -> float:
         """See `Costed.evaluation_flops`."""
-        return cost.evaluation_flops(self.config, self._tokens, latents + context)
+        return self.joint_flops(latents + context, latents + context)
+
+    def joint_flops(self, latents: float, seen: float) -> float:
+        """See `FreezesContext.joint_flops`."""
+        return cost.evaluation_flops(self.config, self._tokens, latents, seen)
 
     def _acted(self, c: Conditions) -> tuple[Tensor, Tensor]:
         """Keyboard [B, F, 6] and mouse [B, F, 2] of the window's frames: as given, else guessed from cameras."""
@@ -290,6 +314,7 @@ class MatrixGame3:
         return torch.stack([k for k, _ in made]), torch.stack([m for _, m in made])
 
 
-def _asking(slots: int) -> list[int]:
-    """New latents that the slots' cameras refer to."""
-    return [*retrieval.ASKING[: slots - 1], retrieval.ASKING[-1]][:slots]
+def _checked(context: Context) -> MG3Context:
+    if not isinstance(context, MG3Context):
+        raise TypeError(f"context must be an MG3Context, got {type(context).__name__}")
+    return context

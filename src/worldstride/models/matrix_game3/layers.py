@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride import rope
-from worldstride.attention import Attend
-from worldstride.attention.streams import turn
+from worldstride.attention import Attend, LayerAttend
+from worldstride.attention.streams import KeysValues, turn
 from worldstride.models.layers import MLP, gated, merged, modulated
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.steering import Steering, Times, Told
@@ -117,3 +117,18 @@ def answered(q: Tensor, words: tuple[Tensor, Tensor], bias: Tensor | None, atten
     """The text's result [B, heads, N, head_dim]; `bias` [L] counts rows that stand for several."""
     k, v = (t.expand(len(q), -1, -1, -1) for t in words)
     return attend(q, k, v) if bias is None else attend(q, k, v, bias=bias)
+
+
+def looked(q: Tensor, k: Tensor, v: Tensor, first: int, past: KeysValues | None, attend: Attend) -> Tensor:
+    """What latents see of each other [B, heads, Nq, head_dim], and of others' `past` keys and values before theirs.
+
+    Queries are those of all tokens, or of all but the `first`. Where attention is block-sparse, a pass over all tokens
+    chooses among all, one over new latents among those before them.
+    """
+    if past is not None:
+        if isinstance(attend, LayerAttend):
+            return attend.chunk(q, past, (k, v))
+        k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
+    elif isinstance(attend, LayerAttend):
+        return attend.within(q, k, v) if q.shape[2] == k.shape[2] else attend.joined(q, k, v, first)
+    return attend(q, k, v)

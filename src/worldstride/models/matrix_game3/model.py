@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldstride.attention import Attend
+from worldstride.attention import Attend, of_layer
 from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
 from worldstride.models.layers import Embedder, modulated
 from worldstride.models.matrix_game3.config import KEYS, MOUSE, PATCH, PIXELS, MG3Config
-from worldstride.models.matrix_game3.layers import Block, Places, answered, places
+from worldstride.models.matrix_game3.layers import Block, Places, answered, looked, places
 from worldstride.models.matrix_game3.rays import RayTable
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE, Times, Told, grouped
 
@@ -32,6 +32,17 @@ class Text:
     """[1, heads, L, head_dim], a pair a block."""
     bias: Tensor | None
     """Logarithm of how many rows each stands for [L]; None where each is one."""
+
+
+class Frozen(NamedTuple):
+    """What new latents see of all others in one block, as an evaluation left it behind."""
+
+    keys: Tensor
+    """[B, heads, N, head_dim], turned."""
+    values: Tensor
+    """[B, heads, N, head_dim]"""
+    moving: KeysValues | None
+    """Keys and values [B n, action heads, T, head_dim] of pixels over time, where the block is told actions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +64,15 @@ class Prepared:
         told = (t for block in self.told if block is not None for t in block)
         tensors = (*self.at, *(t for pair in self.seen for t in pair), *told, *self.times)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def behind(self, latents: int, tokens: int) -> Prepared:
+        """The same of the latents behind the first ones, which have so many tokens; the keyboard tells all of it."""
+        return Prepared(
+            0, Places(*(t[..., tokens:, :] for t in self.at)),
+            tuple((scale[:, tokens:], shift[:, tokens:]) for scale, shift in self.seen),
+            tuple(None if t is None else t._replace(mouse=t.mouse[:, latents:]) for t in self.told),
+            Times(*(t[latents:] for t in self.times)),
+        )  # fmt: skip
 
 
 class MG3Network(nn.Module):
@@ -136,32 +156,43 @@ class MG3Network(nn.Module):
 
     def velocity(
         self, x: Tensor, levels: Tensor, memory: Tensor | None, chunk: Prepared, text: Text, attend: Attend,
-        given: int = 0,
+        given: int = 0, left: list[Frozen] | None = None, frozen: Sequence[Frozen] = (),
     ) -> Tensor:  # fmt: skip
         """Velocity [B, T - given, C, h, w] of the window's latents x [B, T, C, h, w] but the first `given`.
 
         `levels` [B, T] are noise levels in thousandths, 0 of latents that are clean, and `memory` [B, M, C, h, w] the
-        remembered ones.
+        remembered ones. A list given as `left` is filled with what every block leaves behind of remembered and given
+        latents; taken as `frozen` it stands in for them, and only the new latents are computed.
         """
         lead = chunk.memory
-        if memory is not None:
+        if frozen:
+            chunk = chunk.behind(lead + given, frozen[0].keys.shape[2])
+            x, levels, lead, given = x[:, given:], levels[:, given:], 0, 0
+        elif memory is not None:
             x, levels = torch.cat([memory.to(x.dtype), x], 1), F.pad(levels, (lead, 0))
         h, about = self._entered(x), self.level(levels)
         each = h.shape[1] // x.shape[1]
         rows = self.rows(F.silu(about)).unflatten(-1, (6, -1))  # [B, T, 6, width]
         first = (lead + given) * each
         for i, block in enumerate(self._blocks()):
-            seen, told = chunk.seen[i], chunk.told[i]
+            seen, told, past = chunk.seen[i], chunk.told[i], frozen[i] if frozen else None
             row, (q, k, v) = self.begin(block, h, rows, chunk.at)
+            kept = None if left is None else (k[:, :, :first].clone(), v[:, :, :first].clone())
             if i + 1 == len(self.blocks) and told is None:  # nobody asks the others any more
                 h, q, about = h[:, first:], q[:, :, first:], about[:, lead + given :]
                 row, seen = tuple(r[:, lead + given :] for r in row), (seen[0][:, first:], seen[1][:, first:])
-            h, q = self.ask(block, h, attend(q, k, v), row, seen)
-            out = answered(q, text.pairs[i], text.bias, attend)
+            how = of_layer(attend, i, "context" if past is None else "chunk")
+            h, q = self.ask(block, h, looked(q, k, v, first, None if past is None else past[:2], how), row, seen)
+            out, moving = answered(q, text.pairs[i], text.bias, attend), None
             if told is not None:
                 h, (q, k, v) = self.steer(block, h, out, told, chunk.times)
+                moving = None if left is None else (k[:, :, : lead + given].clone(), v[:, :, : lead + given].clone())
+                if past is not None and past.moving is not None:
+                    k, v = (torch.cat(pair, 2) for pair in zip(past.moving, (k, v), strict=True))
                 h, q = self.press(block, h, attend(q, k, v), told, chunk.times)
                 out = attend(q, told.keys, told.values)
+            if left is not None and kept is not None:
+                left.append(Frozen(*kept, moving))
             h = self.end(block, h, out, row, told)
         latents = levels.shape[1] - lead - given
         return self._left(h[:, -latents * each :], about[:, -latents:], x.shape[3:])

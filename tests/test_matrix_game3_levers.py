@@ -1,0 +1,198 @@
+"""What may be spared of Matrix-Game-3.0's chunks: frozen context, merged and gated memory, reused outputs, blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hy_variants import latents
+from mg3_golden import CHUNKS, actions, begin, engine, model, noise
+from worldstride import Acceleration, Action, Session
+from worldstride.acceleration import FrozenContext
+from worldstride.attention import Selection, SparseAttend, Sparsity
+from worldstride.context.policy import SpatialMemory
+from worldstride.denoising.policy import StepCache
+from worldstride.errors import InputError
+from worldstride.levers import levers
+from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
+from worldstride.report import ChunkReport
+
+FORWARD, BACK, STILL = Action({"KeyW"}), Action({"KeyS"}), Action()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients(no_gradients: None) -> None:
+    """Direct calls of the network need none."""
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def played(settings: Acceleration, chunks: int = 3, of: Session | None = None) -> tuple[Session, list[ChunkReport]]:
+    """The recorded actions and noise with some settings."""
+    session = of or begin()
+    session.acceleration = settings
+    return session, [session.step(actions(*CHUNKS[k]), noise=noise(k)).report for k in range(chunks)]
+
+
+def walked(settings: Acceleration, walk: list[Action]) -> tuple[Session, list[ChunkReport]]:
+    session = begin()
+    session.acceleration = settings
+    return session, [session.step(action).report for action in walk]
+
+
+def sparse(keep: float, **more: Any) -> Sparsity:
+    rule = Selection("mass", keep)
+    return Sparsity((2, 2, 2), denoise=rule, context=rule, dense_layers=0, obey=True, **more)
+
+
+def test_what_new_latents_see_of_others_is_all_that_they_need():
+    """Frozen at the very level and latents that it was captured at, the context gives the same velocity."""
+    of, compared = model(), list[float]()
+    plain = of.velocity
+
+    def both(x: Tensor, sigma: float, inputs: MG3Inputs, context: MG3Context, attend: Any) -> Any:
+        whole, captured = plain(x, sigma, inputs, of.capturing(context), attend)
+        alone, nothing = plain(x, sigma, inputs, of.frozen(context, captured), attend)
+        assert not nothing
+        compared.append(far(alone, whole))
+        return whole, {}
+
+    session = begin(engine(of))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of, "velocity", both)
+        played(Acceleration(), of=session)
+    assert len(compared) == 9
+    assert max(compared) < 1e-5
+
+
+def test_a_context_that_is_frozen_for_one_evaluation_is_not():
+    plain, frozen = (played(s)[0] for s in (Acceleration(), Acceleration(frozen=FrozenContext(1))))
+    assert torch.equal(latents(frozen), latents(plain))
+
+
+def test_a_frozen_context_is_computed_once_a_chunk():
+    (plain, whole), (session, reports) = (
+        played(s) for s in (Acceleration(), Acceleration(frozen=FrozenContext()))
+    )  # fmt: skip
+    for report in reports:
+        assert [e.attended for e in report.evaluations] == [True, False, False]
+        assert "frozen" in report.levers
+    assert reports[2].flops["denoise"] < 0.75 * whole[2].flops["denoise"]
+    assert 0 < far(latents(session)[:FIRST], latents(plain)[:FIRST]) < 0.5
+    two = played(Acceleration(frozen=FrozenContext(2)))[1]
+    assert [e.attended for e in two[2].evaluations] == [True, False, True]
+    (lever,) = levers(Acceleration(frozen=FrozenContext()), session.engine.model.chunk(1), reports)
+    assert (lever.name, lever.fired, lever.chunks) == ("frozen", 3, 3)
+    with pytest.raises(InputError, match=r"frozen\.evaluations"):
+        FrozenContext(0)
+
+
+def test_slots_with_one_latent_are_merged_where_they_show_most():
+    """Standing still all five slots hold the same latent; merged it keeps the camera of the best slot."""
+    _, reports = walked(Acceleration("merged", merged=True), [STILL, STILL])
+    assert reports[1].context.memory == (1,)
+    assert reports[1].context.filled == 5
+    assert len(reports[1].signals.similarity) == len(reports[1].context.slots) == 1
+    assert reports[1].levers == ("merged",)
+    assert reports[1].context_latents == 1
+    (lever,) = levers(Acceleration("merged", merged=True), model().chunk(1), reports)
+    assert str(lever) == "merged: fired in 1 of 2 chunks; 0.5 of 2.5 slots a chunk"
+    assert not walked(Acceleration(merged=False), [STILL, STILL])[1][1].levers
+    with pytest.raises(InputError, match=r"merged must be true or false, got 'yes'"):
+        Acceleration(merged="yes")  # type: ignore[arg-type]
+
+
+def test_a_merged_slot_keeps_its_own_reference():
+    """Of slots 3, 9, 3, 9, 1 two stay of each but the sink; each is told relative to the latent that its slot asks."""
+    of, asked = model(), list[Tensor]()
+    prepared = of.network.prepared
+
+    def seen(cameras: Tensor, *rest: Any) -> Any:
+        asked.append(cameras)
+        return prepared(cameras, *rest)
+
+    session = begin(engine(of))
+    played(Acceleration(), 1, session)
+    session.acceleration = Acceleration(merged=True)
+    other = session.fork()
+    other.acceleration = Acceleration()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of.network, "prepared", seen)
+        report = session.step(actions(*CHUNKS[1]), noise=noise(1), recall=[3, 9, 3, 9, 1]).report
+        other.step(actions(*CHUNKS[1]), noise=noise(1), recall=[3, 9, 3, 9, 1])
+    slots = list(report.context.slots)
+    assert report.context.memory == tuple([3, 9, 3, 9, 1][i] for i in slots)
+    assert len(slots) == 3
+    assert torch.equal(asked[0][:, :3], asked[1][:, slots])
+    assert torch.equal(asked[0][:, 3:], asked[1][:, 5:])
+
+
+def test_nothing_is_merged_where_all_slots_differ():
+    recall = [3, 5, 9, 2, 1]
+    made = list[Tensor]()
+    for merged in (None, True):
+        session, _ = played(Acceleration(), 1)
+        session.acceleration = Acceleration(merged=merged)
+        session.step(actions(*CHUNKS[1]), noise=noise(1), recall=recall)
+        made.append(latents(session))
+    assert torch.equal(*made)
+
+
+def test_memory_is_dropped_ahead_and_kept_on_the_way_back():
+    """The gate has its own scale, on which a camera shows itself wholly; the latents that a chunk goes on from are as
+    near as a window."""
+    settings = Acceleration("gated", spatial=SpatialMemory(threshold=0.1, hysteresis=0.0))
+    _, reports = walked(settings, [FORWARD, FORWARD, FORWARD, BACK, BACK, BACK])
+    ahead, back = reports[2], reports[4]
+    assert ahead.context.memory == ()
+    assert "exploring, memory dropped" in ahead.context.reason
+    assert "spatial" in ahead.levers
+    assert ahead.context_latents == 0
+    assert len(back.context.memory) == 5
+    still = walked(settings, [STILL, STILL])[1][1]
+    assert still.signals.pose is not None
+    assert still.signals.pose.old == pytest.approx(1.0)
+    assert still.signals.pose.added == pytest.approx(0.0)  # and so memory adds nothing to what the past shows
+    (plain,) = walked(Acceleration(), [STILL, STILL])[1][1:]
+    assert max(plain.signals.similarity) == pytest.approx(0.8)  # on the model's own scale
+
+
+def test_outputs_are_reused_on_a_revisit():
+    _, reports = walked(Acceleration("cached", cache=StepCache(threshold=0.7)), [STILL, STILL])
+    assert [e.computed for e in reports[1].evaluations] == [True, False, True]
+    both = Acceleration("both", cache=StepCache(threshold=0.7), frozen=FrozenContext())
+    _, reports = walked(both, [STILL, STILL])
+    assert [e.attended for e in reports[1].evaluations] == [True, False, False]
+    assert set(reports[1].levers) == {"cache", "frozen"}
+
+
+@pytest.mark.parametrize("more", [{}, {"frozen": FrozenContext()}], ids=str)
+def test_keeping_every_block_changes_nothing(more: dict[str, Any]):
+    plain, dense = played(Acceleration(**more)), played(Acceleration(sparsity=sparse(1.0), **more))
+    assert far(latents(dense[0]), latents(plain[0])) < 1e-5
+    assert dense[1][2].sparsity is not None
+    assert dense[1][2].sparsity.calls["sparse"] > 0
+
+
+def test_fewer_blocks_are_attended_to():
+    settings = Acceleration("sparse", frozen=FrozenContext(), sparsity=sparse(0.25))
+    _, reports = played(settings)
+    found = reports[2].sparsity
+    assert found is not None
+    assert found.density["context"] < 0.4
+    assert found.density["chunk"] < 0.75  # the chunk's own ten of 19 latents are all attended to
+    assert {"frozen", "sparsity"} <= set(reports[2].levers)
+    whole = played(Acceleration(frozen=FrozenContext()))[1]
+    assert reports[2].flops["denoise"] < whole[2].flops["denoise"]
+
+
+def test_blocks_end_where_segments_do():
+    """Remembered, given and new latents: no block holds tokens of two of them."""
+    attend = SparseAttend(lambda *_, **__: torch.zeros(0), sparse(0.5), (2, 3), (0, 3, 0, 4, 10))  # type: ignore[arg-type]
+    for frames, ends in ((17, {18, 42, 102}), (7, {18, 42})):
+        assert ends <= set(attend.layout(frames, torch.device("cpu")).starts.tolist())
