@@ -25,9 +25,19 @@ from worldstride.context.history import History
 from worldstride.context.retrieval import frustum_points
 from worldstride.control import ControlSettings
 from worldstride.errors import InputError, integer_from
+from worldstride.models.quantised import Scheme
 from worldstride.models.registry import find
 from worldstride.navigation import FreeNavigator, SceneNavigator
-from worldstride.protocol import BeginsWithImage, Compilable, EncodesPrompt, Navigates, Navigator, Recalls, WorldModel
+from worldstride.protocol import (
+    BeginsWithImage,
+    Compilable,
+    EncodesPrompt,
+    Navigates,
+    Navigator,
+    Quantises,
+    Recalls,
+    WorldModel,
+)
 from worldstride.session import Session
 from worldstride.state import SessionState
 
@@ -49,6 +59,8 @@ class EngineSource:
     """Whether `torch.compile` was asked for, which changes last bits."""
     decoder: str | None = None
     """Decoder that was chosen; None is the model's usual one."""
+    quantised: Scheme | None = None
+    """How weights were put in 8 bits; None where they were not."""
 
 
 class Engine:
@@ -290,6 +302,7 @@ def load(
     dtype: torch.dtype | None = None,
     compile: bool = False,
     decoder: str | None = None,
+    quantise: Scheme | None = None,
 ) -> Engine:
     """Load a world model.
 
@@ -297,7 +310,8 @@ def load(
     "random" are seeded and measure speed, never quality. `device` defaults to a GPU where there is one, `dtype` to
     what the device multiplies natively. `compile` has `torch.compile` make the model faster: the first chunks then take
     long, and a compiler is needed (on a CPU `CXX` or g++). `decoder` chooses among those of `worldstride models`, where
-    a model has several. Raises `InputError` on unknown names, `CheckpointError` on bad files.
+    a model has several. `quantise` puts weights in 8 bits, "float8" or "int8", which takes less memory and changes
+    results (`models.quantised`). Raises `InputError` on unknown names, `CheckpointError` on bad files.
     """
     if weights not in get_args(Weights):
         raise InputError(f"weights must be 'pretrained' or 'random', got {weights!r}")
@@ -311,11 +325,16 @@ def load(
         raise InputError(f"unknown decoder {decoder!r} of {entry.name!r}; known: {known}")
     more = {"decoder": decoder} if entry.decoders else {}
     model, fingerprint = entry.load(None if path is None else Path(path), weights, place, kind, **more)
+    if quantise is not None:
+        if not isinstance(model, Quantises):
+            raise InputError(f"{entry.name!r} cannot be quantised; load it with quantise=None")
+        model = model.quantised(quantise)
     if compile:
         if not isinstance(model, Compilable):
             raise InputError(f"{entry.name!r} cannot be compiled; load it with compile=False")
         model.compile_passes()
     file = None if path is None else str(Path(path).resolve())  # a save may be opened from another folder
     precision = str(kind).removeprefix("torch.")
-    source = EngineSource(entry.name, file, cast(Weights, weights), fingerprint, precision, compile, decoder)
+    of = (entry.name, file, cast(Weights, weights), fingerprint)
+    source = EngineSource(*of, precision, compile, decoder, quantise)
     return Engine(model, source, settings, entry.controls)

@@ -192,6 +192,15 @@ class Compilable(Protocol):
 
 
 @runtime_checkable
+class Quantises(Protocol):
+    """A model whose weights can be held in 8 bits. No model needs to be one."""
+
+    def quantised(self, scheme: Literal["float8", "int8"]) -> WorldModel:
+        """Another model with weights in 8 bits, see `models.quantised`; what is not, it shares with this one."""
+        ...
+
+
+@runtime_checkable
 class KeepsLatents(Protocol):
     """A model whose remembered latents keep their keys and values from chunk to chunk. No model needs to be one."""
 

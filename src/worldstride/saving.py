@@ -82,7 +82,8 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
         if engine is None:
             dtype = getattr(torch, source.dtype)
             of = (source.model, source.path, source.weights, device)
-            engine = load(*of, dtype=dtype, compile=source.compiled, decoder=source.decoder)
+            how = (source.compiled, source.decoder, source.quantised)
+            engine = load(*of, "off", dtype, *how)
             engine.controls = controls
         if engine.source.model != source.model:
             raise SaveFileError(f"{path} is a world of model {source.model!r}; the engine runs {engine.source.model!r}")
@@ -96,6 +97,9 @@ def open_session(path: str | Path, device: str | torch.device | None = None, eng
                 f"{path} was made in {source.dtype}, the engine computes in {engine.source.dtype}; it would not go on "
                 "bit for bit"
             )
+        if engine.source.quantised != source.quantised:
+            made, given = (of or "not quantised" for of in (source.quantised, engine.source.quantised))
+            raise SaveFileError(f"{path} was made by a model whose weights are {made}, the engine's are {given}")
         if engine.source.compiled != source.compiled:
             made, given = ("compiled" if c else "not compiled" for c in (source.compiled, engine.source.compiled))
             raise SaveFileError(f"{path} was made by a model {made}, the engine's is {given}; give one that is {made}")

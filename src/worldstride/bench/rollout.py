@@ -36,8 +36,9 @@ if options["threads"]:
 imported = time.perf_counter()
 dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
 place, compiled = options["device"], options["compile"]
-model, path, weights, decoder = (options[name] for name in ("model", "path", "weights", "decoder"))
-engine = worldstride.load(model, path, weights, place, dtype=dtype, compile=compiled, decoder=decoder)
+model, path, weights = (options[name] for name in ("model", "path", "weights"))
+more = {name: options[name] for name in ("decoder", "quantise")}
+engine = worldstride.load(model, path, weights, place, dtype=dtype, compile=compiled, **more)
 loaded = time.perf_counter()
 session = engine.sample(seed=0)
 session.step()
@@ -192,6 +193,7 @@ def time_to_first_frame(engine: Engine, dtype: str | None, threads: int | None) 
     options = {
         "model": source.model, "path": source.path, "weights": source.weights, "device": str(engine.device),
         "dtype": dtype, "threads": threads, "compile": source.compiled, "decoder": source.decoder,
+        "quantise": source.quantised,
     }  # fmt: skip
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()  # another process is to find the memory that sessions have let go of

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from worldstride.acceleration import Acceleration
 from worldstride.engine import Engine, Weights, load
+from worldstride.models.quantised import Scheme
 
 DTypeName = Literal["float32", "bfloat16"]
 ModelName = Annotated[Positional[str], arg(metavar="MODEL")]
@@ -34,10 +35,13 @@ class EngineOptions:
     """Number format; without it what the device multiplies natively."""
     decoder: OptionalText = None
     """Decoder, where the model has several (`worldstride models`)."""
+    quantise: Annotated[Scheme | None, arg(metavar="{float8,int8}")] = None
+    """Weights in 8 bits: less memory, other results; needs torchao (`worldstride[quantised]`)."""
     compile: bool = False
     """Compile the model first: slower to start, then faster; a CPU needs a C++ compiler."""
 
     def load(self, model: str, acceleration: Acceleration | str | Path = "off") -> Engine:
         """The engine that these options ask for."""
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return load(model, self.path, self.weights, self.device, acceleration, dtype, self.compile, self.decoder)
+        of = (model, self.path, self.weights, self.device, acceleration, dtype, self.compile, self.decoder)
+        return load(*of, self.quantise)

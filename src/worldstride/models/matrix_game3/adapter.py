@@ -24,6 +24,7 @@ from worldstride.models.matrix_game3.config import FRAMES, PATCH, PIXELS
 from worldstride.models.matrix_game3.controls import CONTROLS, Walker, guessed, numbers
 from worldstride.models.matrix_game3.model import Frozen, MG3Network, Prepared, Text
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
+from worldstride.models.quantised import Scheme, quantised
 from worldstride.models.video_decoder import VideoDecoder
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
@@ -135,6 +136,11 @@ class MatrixGame3:
     def compile_passes(self) -> None:
         """Compile what stands around attention in the blocks; the decoder is not compiled."""
         self.network.compile_passes()
+
+    def quantised(self, scheme: Scheme) -> MatrixGame3:
+        """See `Quantises.quantised`: the transformer's blocks."""
+        network = quantised(self.network, scheme)
+        return MatrixGame3(network, self.decoder, self.storage, self.steps, self.guidance, self.rounded)
 
     def chunk(self, k: int) -> ChunkShape:
         """57 frames of 15 latents, the image's first; then 40 of 10, which go on from 4 and see 5 remembered ones."""
