@@ -170,11 +170,12 @@ def image_encoder(path: Path) -> tuple[nn.Module, Any]:
     return _read(transformers.SiglipVisionModel, first, torch.float32), _read_entry(processor, second)
 
 
-def wan_text_encoder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """umT5's encoder and its tokenizer."""
+def wan_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """umT5's encoder on a device, and its tokenizer."""
     transformers, _ = libraries()
     first, second = find_encoder(path, "text encoder of Wan")
-    return _read(transformers.UMT5EncoderModel, first, dtype), _read_entry(transformers.AutoTokenizer, second)
+    tokenizer = _read_entry(transformers.AutoTokenizer, second)
+    return _read(transformers.UMT5EncoderModel, first, dtype).to(device), tokenizer
 
 
 def _glyph_tensors(file: Path) -> Mapping[str, Tensor]:

@@ -7,9 +7,10 @@ How a text is cleaned and cut into tokens comes from diffusers' pipeline of Wan,
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldstride.errors import CheckpointError, InputError
 from worldstride.models.hy_worldplay import encoder_files
@@ -19,10 +20,36 @@ from worldstride.models.shards import read_json
 
 
 class WanTextEncoder:
-    """Made by `load_wan_encoder`. The encoder is read when it is needed and then let go of."""
+    """Made by `load_wan_encoder`; for several prompts a context manager:
+
+        with load_wan_encoder("Wan2.2-TI2V-5B-Diffusers", "cuda") as encoder:
+            states = [encoder.encode(text) for text in texts]
+
+    Weights are on the device from `open` to `close`, which is what `with` calls, and at no other time: a prompt that is
+    encoded while they are not has them read for itself alone.
+    """
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.path, self.device, self.dtype = path, device, dtype
+        self._held: tuple[nn.Module, Any] | None = None
+
+    def open(self) -> WanTextEncoder:
+        """Read the weights to the device, unless they are there; `CheckpointError` on files that do not fit."""
+        if self._held is None:
+            self._held = encoder_files.wan_text_encoder(self.path, self.dtype, self.device)
+        return self
+
+    def close(self) -> None:
+        """Give the memory back, on a GPU to whoever else uses it; nothing where nothing is held. `open` reads anew."""
+        if self._held is not None:
+            (model, _), self._held = self._held, None
+            let_go(model, self.device)
+
+    def __enter__(self) -> WanTextEncoder:
+        return self.open()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @torch.no_grad()
     def encode(self, text: str, negative: str | None = None) -> dict[str, Tensor]:
@@ -36,14 +63,16 @@ class WanTextEncoder:
         for one in texts.values():
             if not isinstance(one, str):
                 raise InputError(f"the text must be a string, got {type(one).__name__}")
+        if self._held is None:
+            with self:
+                return self.encode(text, negative)
+        model, tokenizer = self._held
         _, diffusers = encoder_files.libraries()
-        model, tokenizer = encoder_files.wan_text_encoder(self.path, self.dtype)
         clean, counts = diffusers.pipelines.wan.pipeline_wan.prompt_clean, dict[str, int]()
         for name, one in texts.items():
             counts[name] = len(tokenizer(clean(one)).input_ids)
             if counts[name] > ROWS:
                 raise InputError(f"a text may have {ROWS} tokens, got {counts[name]}; shorten {one[:40]!r}...")
-        model.to(self.device)
         pipeline, made = diffusers.WanPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, scheduler=None), {}
         for name, one in texts.items():  # padding is not seen: states are the same without it
             states, _ = pipeline.encode_prompt(
@@ -51,7 +80,6 @@ class WanTextEncoder:
                 dtype=self.dtype,
             )  # fmt: skip
             made[name] = states.cpu()
-        let_go(model, self.device)
         return made
 
 
