@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tiny_umt5 import held, write_converted
+from tiny_umt5 import held, write_converted, write_native
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay import encoder_files
 from worldstride.models.hy_worldplay.wan_encoder import load_wan_encoder
 
 
-def test_after_closing_nothing_holds_the_encoder(tmp_path: Path):
-    with load_wan_encoder(write_converted(tmp_path)) as encoder:
+@pytest.mark.parametrize("write", [write_native, write_converted])
+def test_after_closing_nothing_holds_the_encoder(tmp_path: Path, write: Callable[[Path], Path]):
+    with load_wan_encoder(write(tmp_path)) as encoder:
         module = weakref.ref(held(encoder))
         storages = [weakref.ref(p.untyped_storage()) for p in held(encoder).parameters()]
         assert torch.equal(encoder.encode("a")["text"], encoder.encode("a")["text"])

@@ -17,12 +17,13 @@ from worldstride.models.hy_worldplay import encoder_files
 from worldstride.models.hy_worldplay.encoders import device_of, let_go
 from worldstride.models.hy_worldplay.wan_adapter import ROWS
 from worldstride.models.shards import read_json
+from worldstride.models.wan import umt5
 
 
 class WanTextEncoder:
     """Made by `load_wan_encoder`; for several prompts a context manager:
 
-        with load_wan_encoder("Wan2.2-TI2V-5B-Diffusers", "cuda") as encoder:
+        with load_wan_encoder("Matrix-Game-3.0", "cuda") as encoder:
             states = [encoder.encode(text) for text in texts]
 
     Weights are on the device from `open` to `close`, which is what `with` calls, and at no other time: a prompt that is
@@ -86,22 +87,30 @@ class WanTextEncoder:
 def load_wan_encoder(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> WanTextEncoder:
-    """The encoder of `Wan-AI/Wan2.2-TI2V-5B-Diffusers`, whose folder is given or lies in or beside the one given.
+    """umT5's encoder in one of two layouts: `text_encoder` and `tokenizer` of `Wan-AI/Wan2.2-TI2V-5B-Diffusers`, or
+    Wan's own file and `google/umt5-xxl`, as `Skywork/Matrix-Game-3.0` holds them.
 
+    The folder is the one given, the one around it, or that of Wan-AI in or beside it, so that a model's serves.
     Nothing is read yet; 11 GB in half precision. Raises `CheckpointError` that names what is missing and where it comes
     from, `MissingDependencyError` without transformers and diffusers.
     """
     place = device_of(device)
     encoder_files.libraries()
     given, name = Path(path).absolute(), encoder_files.WAN.split("/")[1]
-    around = (given / name, given.parent / name, given.parent.parent / name)
-    root = next((folder for folder in (given, *around) if _kind(folder) == "umt5"), Path(path))
+    around = (given / name, given.parent, given.parent / name, given.parent.parent / name)
+    root = next((folder for folder in (given, *around) if _has(folder)), Path(path))
     encoder_files.find_encoder(root, "text encoder of Wan")
-    if (kind := _kind(root)) != "umt5":
+    if not _has(root):
         raise CheckpointError(
-            f"{root / 'text_encoder'} holds a model of type {kind!r}, not umT5; that comes from {encoder_files.WAN}"
+            f"{root / 'text_encoder'} holds a model of type {_kind(root)!r}, not umT5; that comes from "
+            f"{encoder_files.WAN}"
         )
     return WanTextEncoder(root, place, dtype)
+
+
+def _has(folder: Path) -> bool:
+    """Whether umT5 is what a folder holds, in either layout."""
+    return _kind(folder) == "umt5" or (folder / umt5.FILE).is_file()
 
 
 def _kind(folder: Path) -> object:
