@@ -5,53 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 import wan_tiny
 from hy_golden import relative
+from tiny_umt5 import umt5, write_converted
 from worldstride.cli import main
 from worldstride.errors import CheckpointError, InputError
-from worldstride.models.hy_worldplay import encoder_files
 from worldstride.models.hy_worldplay.prompts import load_prompt
 from worldstride.models.hy_worldplay.wan_adapter import ROWS
 from worldstride.models.hy_worldplay.wan_encoder import WanTextEncoder, load_wan_encoder
 
-LETTERS = [chr(i) for i in range(32, 127)]
 NAME = "Wan2.2-TI2V-5B-Diffusers"
 
 
-@pytest.fixture(scope="module")
-def umt5() -> tuple[Any, Any]:
-    """A tiny model, and a tokenizer whose tokens are letters."""
-    torch.manual_seed(0)
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
-    tokenizer = transformers.T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
-    config = transformers.UMT5Config(
-        vocab_size=len(tokenizer), d_model=wan_tiny.TINY.text, d_ff=8, d_kv=4, num_heads=2, num_layers=2,
-    )  # fmt: skip
-    model = transformers.UMT5EncoderModel(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model, tokenizer
-
-
 @pytest.fixture
-def folder(umt5: tuple[Any, Any], tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """What of Wan's repository is read."""
-    umt5[0].save_pretrained(tmp_path / NAME / "text_encoder")
-    umt5[1].save_pretrained(tmp_path / NAME / "tokenizer")
-    return tmp_path / NAME
+    return write_converted(tmp_path / NAME)
 
 
 @torch.no_grad()
-def plain(umt5: tuple[Any, Any], cleaned: str) -> Tensor:
+def plain(cleaned: str) -> Tensor:
     """States of a cleaned text among 512 tokens, most of them padding that is not seen."""
-    model, tokenizer = umt5
+    model, tokenizer = umt5()
     ids = tokenizer(cleaned).input_ids
     padded, seen = torch.zeros(1, ROWS, dtype=torch.long), torch.zeros(1, ROWS)
     padded[0, : len(ids)], seen[0, : len(ids)] = torch.tensor(ids), 1
@@ -59,11 +39,11 @@ def plain(umt5: tuple[Any, Any], cleaned: str) -> Tensor:
 
 
 @pytest.mark.parametrize(("text", "cleaned"), [("a lake", "a lake"), ("  a \n\t lake &amp;amp; sun ", "a lake & sun")])
-def test_states_are_the_models_of_the_cleaned_text(umt5: tuple[Any, Any], folder: Path, text: str, cleaned: str):
+def test_states_are_the_models_of_the_cleaned_text(folder: Path, text: str, cleaned: str):
     states = load_wan_encoder(folder, "cpu", torch.float32).encode(text)
     assert set(states) == {"text"}
-    assert relative(states["text"], plain(umt5, cleaned)) <= 1e-5
-    assert states["text"].shape[1] == len(umt5[1](cleaned).input_ids) > len(cleaned) - 4
+    assert relative(states["text"], plain(cleaned)) <= 1e-5
+    assert states["text"].shape[1] == len(umt5()[1](cleaned).input_ids) > len(cleaned) - 4
 
 
 def test_half_precision_is_kept_and_no_text_is_a_text(folder: Path):
@@ -71,11 +51,11 @@ def test_half_precision_is_kept_and_no_text_is_a_text(folder: Path):
     assert (states.dtype, list(states.shape)) == (torch.bfloat16, [1, 1, wan_tiny.TINY.text])
 
 
-def test_a_negative_prompt_is_encoded_beside_it(umt5: tuple[Any, Any], folder: Path):
+def test_a_negative_prompt_is_encoded_beside_it(folder: Path):
     states = load_wan_encoder(folder, "cpu", torch.float32).encode("a lake", "blurry")
     assert set(states) == {"text", "negative_text"}
-    assert relative(states["text"], plain(umt5, "a lake")) <= 1e-5
-    assert relative(states["negative_text"], plain(umt5, "blurry")) <= 1e-5
+    assert relative(states["text"], plain("a lake")) <= 1e-5
+    assert relative(states["negative_text"], plain("blurry")) <= 1e-5
 
 
 def test_the_command_writes_prompts_of_matrix_game3(folder: Path, tmp_path: Path):
@@ -122,14 +102,16 @@ def test_missing_parts_are_named_with_where_they_come_from(folder: Path, tmp_pat
     refused(r"lacks text_encoder/model\.safetensors\.index\.json or model\.safetensors; it comes from Wan-AI")
     shutil.rmtree(folder)
     folder.mkdir()
-    refused(r"has no text encoder of Wan: it needs text_encoder and tokenizer from Wan-AI/Wan2\.2-TI2V-5B-Diffusers")
+    refused(
+        r"has no text encoder of Wan: it needs text_encoder and tokenizer from Wan-AI/Wan2\.2-TI2V-5B-Diffusers, or "
+    )
 
 
-def test_weights_that_do_not_fit_are_refused(folder: Path, umt5: tuple[Any, Any]):
+def test_weights_that_do_not_fit_are_refused(folder: Path):
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"its weights lack \d+ tensors of a UMT5EncoderModel"):
-        encoder_files.wan_text_encoder(folder, torch.float32)
+        load_wan_encoder(folder, dtype=torch.float32).open()
 
 
 def test_the_command_writes_what_a_world_begins_with(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

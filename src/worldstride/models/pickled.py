@@ -29,7 +29,7 @@ class Pickled(Mapping[str, Tensor]):
 
         Args:
             file: the file.
-            entry: the name of a table of tensors in it, or names that it may have.
+            entry: the name of a table of tensors in it, or names that it may have; none where it is the table.
             wrappers: parts of names, each with its dot, that what trained the model put in anywhere; they are left out.
             prefixes: parts that names may begin with, likewise, once each.
 
@@ -40,7 +40,7 @@ class Pickled(Mapping[str, Tensor]):
         for name, value in _table(file, entry).items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
                 raise CheckpointError(
-                    f"{file}: {entry!r} must name tensors, got {type(value).__name__} under {str(name)!r}"
+                    f"{file}: {_said(entry)} must name tensors, got {type(value).__name__} under {str(name)!r}"
                 )
             short = name
             for part in wrappers:
@@ -79,7 +79,8 @@ def _table(file: Path, entry: str | Sequence[str]) -> Mapping[object, object]:
             f"cannot read weights alone from {file}: {said[0] if said else type(error).__name__}"
         ) from error
     if not isinstance(held, Mapping):
-        raise CheckpointError(f"{file} must hold a table with the entry {entry!r}, got {type(held).__name__}")
+        with_it = f" with {_said(entry)}" if entry else " of tensors"
+        raise CheckpointError(f"{file} must hold a table{with_it}, got {type(held).__name__}")
     if not isinstance(entry, str):
         entry = next((name for name in entry if name in held), "")
         if not entry:
@@ -91,3 +92,8 @@ def _table(file: Path, entry: str | Sequence[str]) -> Mapping[object, object]:
     if not isinstance(table, Mapping):
         raise CheckpointError(f"{file}: {entry!r} must be a table of tensors, got {type(table).__name__}")
     return table
+
+
+def _said(entry: str | Sequence[str]) -> str:
+    names = [entry] if isinstance(entry, str) else entry
+    return f"the entry {' or '.join(map(repr, names))}" if names else "what is in it"

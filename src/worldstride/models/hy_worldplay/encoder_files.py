@@ -3,7 +3,8 @@
 Of the 8B models' encoders two layouts are read, each in either: the one that tencent/HunyuanVideo-1.5 documents for its
 downloads, and that of its conversion for diffusers. The names of Glyph's tensors and tokens are those that public
 converters of its file use; the published files themselves have not been at hand, so what does not fit exactly is
-refused. The WAN-5B variant's lies as Wan-AI publishes it for diffusers.
+refused. The WAN-5B variant's, which is Matrix-Game-3.0's, too, lies as Wan-AI publishes it for diffusers, or in
+Wan's own file as Skywork publishes it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from worldstride.errors import CheckpointError, MissingDependencyError
 from worldstride.models.shards import check_fit, find, read_json
+from worldstride.models.wan import umt5
 
 Encoder = Literal["language model", "glyph encoder", "image encoder", "text encoder of Wan"]
 
@@ -27,6 +29,7 @@ _CONVERTED = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
 _QWEN, _BYT5, _REDUX = "Qwen/Qwen2.5-VL-7B-Instruct", "google/byt5-small", "black-forest-labs/FLUX.1-Redux-dev (gated)"
 WAN = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 """Repository of what the WAN-5B variant shares with Wan2.2."""
+_SKYWORK = "Skywork/Matrix-Game-3.0"
 _GLYPH = "AI-ModelScope/Glyph-SDXL-v2 (on ModelScope)"
 _COLOURS, _FONTS = "assets/color_idx.json", "assets/multilingual_10-lang_idx.json"
 _GLYPH_WEIGHTS, _TOWER = "checkpoints/byt5_model.pt", "module.text_tower.encoder."
@@ -37,12 +40,21 @@ class Place:
     """A folder that an encoder is read from."""
 
     folder: str
+    """Its name; none for the folder that all lie in."""
     files: tuple[str, ...]
     """Files that have to be in it."""
     origin: str
     """Repository that it comes from."""
     weights: bool = False
     """Whether weights have to be in it, too: one safetensors file, or several with an index."""
+
+    def lacks(self, root: Path) -> list[str]:
+        """What of it is not there, by names below `root`."""
+        folder = root / self.folder
+        absent = [file for file in self.files if not (folder / file).is_file()]
+        if self.weights and not find(folder, _INDEX):
+            absent.append(" or ".join(_INDEX))
+        return [(Path(self.folder) / file).as_posix() for file in absent]
 
 
 _LAYOUTS: dict[Encoder, tuple[tuple[Place, ...], ...]] = {
@@ -78,6 +90,10 @@ _LAYOUTS: dict[Encoder, tuple[tuple[Place, ...], ...]] = {
             Place("text_encoder", ("config.json",), WAN, weights=True),
             Place("tokenizer", ("tokenizer_config.json",), WAN),
         ),
+        (
+            Place("", (umt5.FILE,), _SKYWORK),
+            Place(umt5.TOKENIZER, ("tokenizer_config.json",), _SKYWORK),
+        ),
     ),
 }
 
@@ -85,7 +101,8 @@ _LAYOUTS: dict[Encoder, tuple[tuple[Place, ...], ...]] = {
 def find_encoder(path: Path, encoder: Encoder) -> list[Path]:
     """Folders of an encoder below `path`, in the order of its layout; nothing is loaded.
 
-    Raises `CheckpointError` that names what is missing and the repository it comes from.
+    Of several layouts the first that is complete. Raises `CheckpointError` that names what is missing and the
+    repository it comes from.
     """
     layouts = _LAYOUTS[encoder]
     # `text_encoder` is there in both layouts, so a file has to tell
@@ -93,23 +110,19 @@ def find_encoder(path: Path, encoder: Encoder) -> list[Path]:
     if not begun:
         ways = (
             " and ".join(
-                f"{' and '.join(p.folder for p in places)} from {origin}"
+                f"{' and '.join(p.folder or ', '.join(p.files) for p in places)} from {origin}"
                 for origin, places in groupby(layout, lambda p: p.origin)
             )
             for layout in layouts
         )
         raise CheckpointError(f"{path} has no {encoder}: it needs {', or '.join(ways)}")
-    for place in begun[0]:
-        folder = path / place.folder
-        absent = [file for file in place.files if not (folder / file).is_file()]
-        if place.weights and not find(folder, _INDEX):
-            absent.append(" or ".join(_INDEX))
-        if absent:
-            raise CheckpointError(
-                f"the {encoder} in {path} lacks {', '.join(f'{place.folder}/{file}' for file in absent)}; "
-                f"it comes from {place.origin}"
-            )
-    return [path / place.folder for place in begun[0]]
+    lacking = list[str]()
+    for layout in begun:
+        first = next(((absent, place) for place in layout if (absent := place.lacks(path))), None)
+        if first is None:
+            return [path / place.folder for place in layout]
+        lacking.append(f"{', '.join(first[0])}; it comes from {first[1].origin}")
+    raise CheckpointError(f"the {encoder} in {path} lacks {', or else '.join(lacking)}")
 
 
 def libraries() -> tuple[Any, Any]:
@@ -170,11 +183,14 @@ def image_encoder(path: Path) -> tuple[nn.Module, Any]:
     return _read(transformers.SiglipVisionModel, first, torch.float32), _read_entry(processor, second)
 
 
-def wan_text_encoder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """umT5's encoder and its tokenizer."""
+def wan_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """umT5's encoder on a device, and its tokenizer."""
     transformers, _ = libraries()
     first, second = find_encoder(path, "text encoder of Wan")
-    return _read(transformers.UMT5EncoderModel, first, dtype), _read_entry(transformers.AutoTokenizer, second)
+    tokenizer = _read_entry(transformers.AutoTokenizer, second)
+    if (first / umt5.FILE).is_file():
+        return umt5.read(transformers, first / umt5.FILE, device, dtype), tokenizer
+    return _read(transformers.UMT5EncoderModel, first, dtype).to(device), tokenizer
 
 
 def _glyph_tensors(file: Path) -> Mapping[str, Tensor]:
