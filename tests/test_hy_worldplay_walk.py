@@ -288,8 +288,8 @@ def test_a_plan_stands_in_for_a_temporal_window_alone():
         Bench("plan", "courtyard", accelerations=("off", "fast")).run("bench plan")
 
 
-def test_only_this_model_has_an_upstream(tiny_engine: Engine):
-    with pytest.raises(InputError, match="upstream is known of autoregressive hy_worldplay alone, not of 'courtyard'"):
+def test_not_every_model_has_an_upstream(tiny_engine: Engine):
+    with pytest.raises(InputError, match="'upstream' is known of HYWorldPlay, MatrixGame3 alone, not of 'courtyard'"):
         ways(tiny_engine, ["upstream"])
 
 

@@ -465,6 +465,6 @@ def test_the_command_measures_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result["parameter_bytes"] > 1e5
     assert "off" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match="upstream is known of autoregressive hy_worldplay alone, not of 'hy_worldplay_wan'"
+        InputError, match="'upstream' is known of HYWorldPlay, MatrixGame3 alone, not of 'hy_worldplay_wan'"
     ):
         ways(engine(), ["upstream"])

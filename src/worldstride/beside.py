@@ -52,11 +52,12 @@ class Beside:
 
     def send(self, frames: Tensor) -> Arrival:
         """Frames on their way to the host; call it inside `after`, where they are made."""
-        if self._stream is None:
-            return Arrival(frames.cpu(), None)
+        if not frames.is_cuda:
+            return Arrival(frames, None)
+        # through memory that the GPU writes by itself: other memory it reaches at a tenth of the speed
         there = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
         there.copy_(frames, non_blocking=True)
-        return Arrival(there, _end_of(self._stream))
+        return Arrival(there, _end_of(self._stream or torch.cuda.current_stream(frames.device)))
 
 
 def _end_of(stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -76,4 +77,4 @@ class Arrival:
         if self._moment is None:
             return self._there.numpy()
         self._moment.synchronize()
-        return self._there.numpy().copy()  # pinned memory is scarce, and a caller may keep every frame
+        return self._there.clone().numpy()  # pinned memory is scarce, and a caller may keep every frame

@@ -52,6 +52,8 @@ class Backend:
     (`choice.Dense`). "as torch chooses": where torch chooses cuDNN."""
     timed: bool = True
     """Whether it is worth measuring on a GPU."""
+    hides: bool = False
+    """Whether it gives zeros itself where all keys are hidden; of others that is taken care of, by one more pass."""
 
     def needs_plan(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
         """Whether it builds a plan for each new key length of tensors like these; bias as in `Run`."""
@@ -155,7 +157,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         backend.name: backend
         for backend in (
             Backend("blocked", _blocked_lacks, written.blocked, timed=False),
-            Backend("worldstride", _own_lacks, _own),
+            Backend("worldstride", _own_lacks, _own, hides=True),
             Backend("flash", _flash_lacks, _flash),
             Backend("efficient", _efficient_lacks, _efficient),
             Backend("sdpa", _nothing, _sdpa, lse=False, plans="as torch chooses"),

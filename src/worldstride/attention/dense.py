@@ -100,7 +100,7 @@ def compute(
     hidden = top == -torch.inf
     # only differences count; without what all keys have in common, half precision keeps them
     out, total = backend.run(q, k, v, own[:, :, None] - top.masked_fill(hidden, 0), lse)
-    out = out.masked_fill(hidden, 0)
+    out = out if backend.hides else out.masked_fill(hidden, 0)
     return out, None if total is None else (total + top[..., 0]).masked_fill(hidden[..., 0], -torch.inf)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -14,14 +15,23 @@ from worldstride.bench.plan import Plan
 from worldstride.bench.results import quantile
 from worldstride.bench.rollout import summary
 from worldstride.bench.structure_hy_worldplay import UpstreamWorldPlay
+from worldstride.bench.structure_matrix_game3 import UpstreamMatrixGame3
 from worldstride.control import Action
 from worldstride.engine import Engine
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
+from worldstride.models.matrix_game3.adapter import MatrixGame3
+from worldstride.models.quantised import SCHEMES, Scheme
+from worldstride.protocol import Compilable, Quantises, WorldModel
 from worldstride.session import Session
 
-UPSTREAM = "upstream"
-"""The way that computes in the structure of the model's original code (`structure_hy_worldplay`)."""
+_STRUCTURES: Mapping[tuple[str, type], Callable[[Any], WorldModel]] = {
+    ("upstream", HYWorldPlay): UpstreamWorldPlay,
+    ("upstream", MatrixGame3): partial(UpstreamMatrixGame3, wide=True),
+    ("upstream-bf16", MatrixGame3): partial(UpstreamMatrixGame3, wide=False),
+}
+"""Ways that compute in the structure of a model's original code: "upstream" as it ships, "upstream-bf16" without its
+projections in float32."""
 _AHEAD, _BACK, _RIGHT, _LEFT = (Action(frozenset({key})) for key in ("KeyW", "KeyS", "ArrowRight", "ArrowLeft"))
 _OUT = (_AHEAD, _RIGHT, _AHEAD, _RIGHT, _RIGHT)
 """What is repeated on the way out: ahead, and around corners."""
@@ -39,24 +49,47 @@ class Way:
 
 
 def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
-    """Ways by name: `UPSTREAM`, presets, or settings files. `InputError` on others, and on a model without upstream."""
+    """Ways by name: original structures, presets, or settings files, behind which may stand how weights are quantised
+    ("off+float8"). `InputError` on others, and on what the engine's model cannot do."""
     found = list[Way]()
     for name in names:
-        if name != UPSTREAM:
+        plain, _, scheme = name.rpartition("+")
+        if name in {way for way, _ in _STRUCTURES}:
+            found.append(Way(name, partial(_rebuilt, engine, _structure(engine.model, name)), resolve("off")))
+        elif plain and scheme in SCHEMES:
+            if not isinstance(engine.model, Quantises):
+                raise InputError(f"{engine.model.name!r} cannot be quantised; leave out +{scheme} of {name!r}")
+            settings = resolve(plain)
+            start = partial(_quantised, engine, engine.model, cast(Scheme, scheme))
+            found.append(Way(f"{settings.name}, {scheme}", start, settings))
+        else:
             settings = resolve(name)
             found.append(Way(settings.name, lambda: engine, settings))
-            continue
-        model = engine.model
-        if not isinstance(model, HYWorldPlay):
-            kind = f"{engine.model.name!r} ({type(engine.model).__name__})"
-            raise InputError(f"the structure of upstream is known of autoregressive hy_worldplay alone, not of {kind}")
-        found.append(Way(name, partial(_upstream, engine, model), resolve("off")))
     return found
 
 
-def _upstream(engine: Engine, model: HYWorldPlay) -> Engine:
+def _structure(model: WorldModel, name: str) -> Callable[[Any], WorldModel]:
+    """What rebuilds the model in a structure of its original code."""
+    known = {way: build for (way, kind), build in _STRUCTURES.items() if isinstance(model, kind)}
+    if name not in known:
+        of = ", ".join(kind.__name__ for way, kind in _STRUCTURES if way == name)
+        raise InputError(
+            f"the way {name!r} is known of {of} alone, not of {model.name!r} ({type(model).__name__}), which has "
+            f"{', '.join(known) or 'accelerations only'}"
+        )
+    return known[name]
+
+
+def _rebuilt(engine: Engine, build: Callable[[Any], WorldModel]) -> Engine:
     source = replace(engine.source, compiled=False)
-    return Engine(UpstreamWorldPlay(model), source, resolve("off"), engine.controls, engine.attention)
+    return Engine(build(engine.model), source, resolve("off"), engine.controls, engine.attention)
+
+
+def _quantised(engine: Engine, model: Quantises, scheme: Scheme) -> Engine:
+    made, source = model.quantised(scheme), replace(engine.source, quantised=scheme)
+    if source.compiled and isinstance(made, Compilable):
+        made.compile_passes()
+    return Engine(made, source, resolve("off"), engine.controls, engine.attention)
 
 
 def out_and_back(chunks: int) -> list[Action]:

@@ -36,7 +36,8 @@ class Bench:
     warmup: int = 3
     """Chunks played before, not counted; 3 fill the context."""
     accelerations: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("off", "steps-4", "steps-2")
-    """Presets or .toml files, measured in turn in one run; for a walk also `upstream`, the original's structure."""
+    """Presets or .toml files, measured in turn in one run; for a walk also with weights in 8 bits ("off+float8"), and
+    `upstream`, the original's structure, and of matrix_game3 `upstream-bf16`, that without projections in float32."""
     plan: OptionalPath = None
     """For a walk: file of recorded windows, replayed in place of what settings would decide from frames."""
     ahead: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()

@@ -18,7 +18,7 @@ from worldstride.attention import Attend, of_layer
 from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
 from worldstride.models.layers import Embedder, modulated
-from worldstride.models.matrix_game3.config import KEYS, MOUSE, PATCH, PIXELS, MG3Config
+from worldstride.models.matrix_game3.config import PATCH, PIXELS, SEEN, MG3Config
 from worldstride.models.matrix_game3.layers import Block, Places, answered, looked, places
 from worldstride.models.matrix_game3.rays import RayTable
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE, Times, Told, grouped
@@ -75,6 +75,18 @@ class Prepared:
         )  # fmt: skip
 
 
+def shown(keys: Tensor, mouse: Tensor, memory: int, window: int) -> tuple[Tensor, Tensor]:
+    """Keyboard [B, T, 12, 6] and mouse [B, T, 12, 2] as latents see them, of a window's frames [B, F, 6] and [B, F, 2].
+
+    Of T latents the first `memory` are remembered ones, which are told nothing.
+    """
+    pressed, moved = (
+        torch.cat([told.new_full((len(told), memory, SEEN, told.shape[2]), untold), grouped(told, window)], 1)
+        for told, untold in ((keys, UNTOLD_KEY), (mouse, UNTOLD_MOUSE))
+    )
+    return pressed, moved
+
+
 class MG3Network(nn.Module):
     """Stateless: `text`, `prepared`, `velocity`."""
 
@@ -106,18 +118,22 @@ class MG3Network(nn.Module):
 
         Rows of padding are attended to, too; they are all alike, so that one stands for them.
         """
-        rows, count = self.config.rows, states.shape[1] if states.dim() == 3 else 0
-        if len(states) != 1 or not 0 < count <= rows or states.shape[2] != self.config.text:
-            raise InputError(
-                f"text states must be [1, L, {self.config.text}], L from 1 to {rows}, got {list(states.shape)}"
-            )
-        bias = None
+        rows, count, bias = self.config.rows, self.text_rows(states), None
         if count < rows:
             states = F.pad(states, (0, 0, 0, 1))
             bias = torch.zeros(count + 1, device=states.device)
             bias[-1] = torch.tensor(float(rows - count)).log()
         words = self.prompt(states.to(self.enter.weight))
         return Text(tuple(block.words.of_text(words) for block in self._blocks()), bias)
+
+    def text_rows(self, states: Tensor) -> int:
+        """How many rows states have. `InputError` where they are no text of this network."""
+        rows, count = self.config.rows, states.shape[1] if states.dim() == 3 else 0
+        if len(states) != 1 or not 0 < count <= rows or states.shape[2] != self.config.text:
+            raise InputError(
+                f"text states must be [1, L, {self.config.text}], L from 1 to {rows}, got {list(states.shape)}"
+            )
+        return count
 
     def ray_table(self, height: int, width: int) -> RayTable:
         """What the network makes of cameras for frames of this size; made once."""
@@ -139,13 +155,7 @@ class MG3Network(nn.Module):
         p = table.tokens(cameras).to(weight.dtype).flatten(1, 2)  # [B, N, width]
         p = p + self.second(F.silu(self.first(p)))
         window = latents - memory
-        see = [grouped(of.to(weight), window) for of in (keys, mouse)]
-        if memory:
-            untold = ((KEYS, UNTOLD_KEY), (MOUSE, UNTOLD_MOUSE))
-            before = (
-                s.new_full((len(s), memory, s.shape[2], n), value) for s, (n, value) in zip(see, untold, strict=True)
-            )
-            see = [torch.cat(pair, 1) for pair in zip(before, see, strict=True)]
+        see = shown(keys.to(weight), mouse.to(weight), memory, window)
         times = Times.of(self.config, [*range(memory), *range(window)], weight.device)
         steering = (block.steering for block in self._blocks())
         rows, columns = (n // (PATCH * PIXELS) for n in table.size)

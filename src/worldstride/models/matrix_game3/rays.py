@@ -56,7 +56,8 @@ def told(cameras: Tensor, height: int, width: int) -> Tensor:
     The plain form: numbers come by origin and direction (6), latent pixel's row and column (16, 16), and row and column
     of the latent pixel in the token (2, 2).
     """
-    directions = torch.einsum("...ij,hwj->...hwi", cameras[..., :3, :3], local_rays(height, width, cameras.dtype))
+    local = local_rays(height, width, cameras.dtype).to(cameras.device)
+    directions = torch.einsum("...ij,hwj->...hwi", cameras[..., :3, :3], local)
     origins = cameras[..., None, None, :3, 3].expand_as(directions)
     return _by_token(torch.cat([origins, directions], -1))
 
