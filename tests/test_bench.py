@@ -15,6 +15,7 @@ from worldstride.bench.results import plain, quantile, write_json
 from worldstride.bench.rollout import STAGES, Share, measure
 from worldstride.cli import main
 from worldstride.errors import InputError
+from worldstride.models.wan import umt5
 
 
 def test_bench_writes_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +79,22 @@ def test_bench_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None
     assert "--threads must be at least 1, got 0" in capsys.readouterr().err
     assert main(["bench", "rollout", "courtyard", "--weights", "random", "--accelerations", "warp"]) == 2
     assert "unknown acceleration 'warp'" in capsys.readouterr().err
+
+
+def test_an_encoder_is_held_where_umt5_encodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for of in (["rollout", "courtyard"], ["walk", "matrix_game3"]):
+        assert main(["bench", *of, "--weights", "random", "--encoder"]) == 2
+        assert "--encoder is for a rollout of matrix_game3 and hy_worldplay_wan" in capsys.readouterr().err
+    monkeypatch.setattr("worldstride.commands.bench._TOLD_BY_UMT5", ("courtyard",))  # small, and so is the encoder
+    small = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
+    monkeypatch.setattr(umt5, "FULL", {**umt5.FULL, **small})
+    out = tmp_path / "held.json"
+    few = ["--chunks", "1", "--warmup", "0", "--accelerations", "steps-2", "--dtype", "bfloat16", "--out", str(out)]
+    assert main(["bench", "rollout", "courtyard", "--weights", "random", "--encoder", *few]) == 0
+    encoder = umt5.drawn_encoder(torch.device("cpu"), torch.bfloat16)
+    assert json.loads(out.read_text())["encoder_bytes"] == 2 * sum(p.numel() for p in encoder.parameters())
 
 
 def test_results_are_valid_json(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, 
 from worldstride.commands.table import table
 from worldstride.engine import Engine
 from worldstride.errors import InputError
+from worldstride.models.wan import umt5
+
+_TOLD_BY_UMT5 = ("matrix_game3", "hy_worldplay_wan")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Bench:
     ahead: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """For a walk: ways that are then played with each chunk begun before the frames of the one before are waited for;
     results are the same bits."""
+    encoder: bool = False
+    """For a rollout of a model whose text umT5 encodes: hold that encoder on the device meanwhile, at full size with
+    random weights, so that peak memory counts it; needs transformers."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None
@@ -56,6 +62,9 @@ class Bench:
             raise InputError(f"a plan is recorded of one setting into --out, got {len(settings)} and {self.out}")
         if self.ahead and self.benchmark != "walk":
             raise InputError(f"--ahead is for a walk; bench {self.benchmark} steps chunk by chunk")
+        if self.encoder and (self.benchmark != "rollout" or self.model not in _TOLD_BY_UMT5):
+            names = " and ".join(_TOLD_BY_UMT5)
+            raise InputError(f"--encoder is for a rollout of {names}, not for bench {self.benchmark} {self.model}")
         plan = None if self.plan is None else read_plan(self.plan)
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads must be at least 1, got {self.threads}")
@@ -77,6 +86,7 @@ class Bench:
 
     def _measure(self, settings: list[Any], command: str) -> dict[str, Any]:
         engine = self.engine.load(self.model)
+        held = umt5.drawn_encoder(engine.device, getattr(torch, engine.source.dtype)) if self.encoder else None
         with tqdm(total=(self.warmup + self.chunks) * len(settings), unit="chunk", desc=self.model) as bar:
             rows = measure(engine, settings, self.chunks, self.warmup, advance=bar.update)
         return {
@@ -85,6 +95,7 @@ class Bench:
             "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "",
             "warmup": self.warmup,
+            "encoder_bytes": 0 if held is None else sum(p.numel() * p.element_size() for p in held.parameters()),
             "rows": rows,
             "peak_memory_bytes": peak_memory(),
             "first_frame_seconds": time_to_first_frame(engine, self.engine.dtype, self.threads),

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from worldstride.errors import InputError
+from worldstride.errors import InputError, MissingDependencyError
 
 Scheme = Literal["float8", "int8"]
 """Weights as float8 (e4m3) with a scale a row, and what they are multiplied with rounded likewise, a scale a token, on
@@ -23,7 +23,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def quantised(network: Network, scheme: Scheme, least: int = LEAST) -> Network:
     """Another network with the linear layers of `network.blocks` in 8 bits; everything else is shared with it.
 
-    Raises `InputError` on an unknown scheme, on a device that cannot multiply float8, and without torchao.
+    Raises `InputError` on an unknown scheme and on a device that cannot multiply float8, `MissingDependencyError`
+    without torchao.
     """
     if scheme not in SCHEMES:
         raise InputError(f"unknown quantisation {scheme!r}; known: {', '.join(SCHEMES)}")
@@ -48,7 +49,7 @@ def quantised(network: Network, scheme: Scheme, least: int = LEAST) -> Network:
             quantize_,
         )
     except ImportError as error:
-        raise InputError("quantised weights need torchao: pip install 'worldstride[quantised]'") from error
+        raise MissingDependencyError("weights in 8 bits need torchao: pip install 'worldstride[quantised]'") from error
 
     # settings of torch's compiler are everybody's, and stay as they are
     how = (

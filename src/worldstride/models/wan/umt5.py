@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worldstride.errors import CheckpointError
+from worldstride.errors import CheckpointError, MissingDependencyError
+from worldstride.models.drawing import drawn
 from worldstride.models.pickled import Pickled
 from worldstride.models.published import Source, filled
 
@@ -18,6 +19,12 @@ FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 """The file: 242 tensors in bfloat16, 11.4 GB."""
 TOKENIZER = "google/umt5-xxl"
 """Folder of the tokenizer beside it."""
+
+FULL = {
+    "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10_240, "num_layers": 24,
+    "relative_attention_num_buckets": 32,
+}  # fmt: skip
+"""Sizes of the published encoder, 5.7 billion parameters."""
 
 _WHOLE = {"embed_tokens": "token_embedding", "final_layer_norm": "norm"}
 _BLOCK = {
@@ -58,6 +65,14 @@ def sizes_of(tensors: Mapping[str, Tensor], origin: str) -> dict[str, int]:
         raise CheckpointError(f"{origin} is no umT5 encoder of Wan: {error} in the shapes of its tensors") from error
 
 
+def config_of(transformers: Any, sizes: Mapping[str, int]) -> Any:
+    """A `UMT5Config` of `transformers`, the library, with these sizes."""
+    return transformers.UMT5Config(
+        **sizes, feed_forward_proj="gated-gelu", relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+        dropout_rate=0.0,
+    )  # fmt: skip
+
+
 def read(transformers: Any, file: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A `UMT5EncoderModel` of `transformers`, the library, with the weights of a file, each moved by itself.
 
@@ -65,10 +80,7 @@ def read(transformers: Any, file: Path, device: torch.device, dtype: torch.dtype
     """
     tensors = Pickled(file, ())
     sizes = sizes_of(tensors, str(file))
-    config = transformers.UMT5Config(
-        **sizes, feed_forward_proj="gated-gelu", relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
-        dropout_rate=0.0,
-    )  # fmt: skip
+    config = config_of(transformers, sizes)
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(config)
     layers = sizes["num_layers"]
@@ -79,3 +91,12 @@ def read(transformers: Any, file: Path, device: torch.device, dtype: torch.dtype
         parameter.data = parameter.data.to(device, kind)
     model.set_input_embeddings(stack.embed_tokens)  # the two are one table, which would be there twice by their names
     return model.requires_grad_(False).eval()
+
+
+def drawn_encoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Of full size, with seeded random weights: for memory; `MissingDependencyError` without transformers."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError("umT5 needs transformers: pip install 'worldstride[encoders]'") from error
+    return drawn(lambda: transformers.UMT5EncoderModel(config_of(transformers, FULL)), device, dtype, seed=2)
