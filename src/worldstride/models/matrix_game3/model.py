@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worldstride.attention import Attend, of_layer
 from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
+from worldstride.models.compiled import compiled
 from worldstride.models.layers import Embedder, modulated
 from worldstride.models.matrix_game3.config import PATCH, PIXELS, SEEN, MG3Config
 from worldstride.models.matrix_game3.layers import Block, Places, answered, looked, places
@@ -109,9 +110,9 @@ class MG3Network(nn.Module):
 
     def compile_passes(self) -> None:
         """Have torch compile what stands around attention, for the two numbers of tokens that chunks have."""
-        self.begin, self.ask = torch.compile(Block.begin), torch.compile(Block.ask)
-        self.steer, self.press = torch.compile(Block.steer), torch.compile(Block.press)
-        self.end = torch.compile(Block.end)
+        self.begin, self.ask, self.steer, self.press, self.end = map(
+            compiled, (Block.begin, Block.ask, Block.steer, Block.press, Block.end)
+        )
 
     def text(self, states: Tensor) -> Text:
         """Keys and values of umT5's states [1, L, text], L at most `rows`.
