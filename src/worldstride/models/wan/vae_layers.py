@@ -23,14 +23,24 @@ class PastConv(Carrying, nn.Conv3d):
 
     def forward(self, input: Tensor, memory: Memory | None = None) -> Tensor:
         """Frames [B, C, T, H, W] after those in memory -> [B, out, T, H, W]; memory keeps the last ones."""
-        batch, channels, count, height, width = input.shape
+        whole, own = self.room(input)
+        own.copy_(input)
+        return self.over(whole, memory)
+
+    def room(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Carrying.room`: [B, C, 2 + T, H, W]"""
+        batch, channels, count, height, width = x.shape
         size = (batch, channels, PAST + count, height, width)
-        frames = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last_3d)
-        frames[:, :, PAST:] = input
-        frames[:, :, :PAST] = 0 if memory is None or memory.fresh else memory.past(self.name, input)
+        whole = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        return whole, whole[:, :, PAST:]
+
+    def over(self, whole: Tensor, memory: Memory | None) -> Tensor:
+        """See `Carrying.over`."""
+        own = whole[:, :, PAST:]
+        whole[:, :, :PAST] = 0 if memory is None or memory.fresh else memory.past(self.name, own)
         if memory is not None:
-            memory.kept[self.name] = frames[:, :, -PAST:].clone()
-        return super().forward(frames)
+            memory.kept[self.name] = whole[:, :, -PAST:].clone()
+        return super().forward(whole)
 
 
 class Residual(nn.Module):
@@ -44,8 +54,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """x [B, C, T, H, W] -> [B, out, T, H, W]"""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True), memory)
-        h = self.conv2(F.silu(self.norm2(h), inplace=True), memory)
+        h = self.conv1.after(self.norm1, x, memory)
+        h = self.conv2.after(self.norm2, h, memory)
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
