@@ -22,13 +22,13 @@ from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.vae_layers import CausalConv
 from worldstride.models.video_codec import PAST, Carrying, ChannelNorm, Memory, laid_out
 from worldstride.models.wan.vae import WanVAE, WanVAEConfig
-from worldstride.models.wan.vae_layers import PastConv
+from worldstride.models.wan.vae_layers import PastConv, plus_spread
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    for operator in (video_passes.norm_silu_into,):
+    for operator in (video_passes.norm_silu_into, video_passes.add_spread):
         operator.register_kernel("cpu", operator._init_fn)
 INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; on a GPU kernels run compiled")
 GPU = (
@@ -102,6 +102,29 @@ def test_a_convolution_after_norm_and_activation_is_what_it_was(
         plain, kernels = results
         assert all(relative(a, b) <= 1e-3 for a, b in zip(kernels, plain, strict=True))  # TF32 on a GPU
         assert all(a.stride() == b.stride() for a, b in zip(kernels, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize(("several", "times"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (8, 2)])
+@pytest.mark.parametrize("device", ON)
+def test_what_is_spread_is_added_to_the_bit(
+    device: str, several: int, times: int, dtype: torch.dtype, by_kernels: Callable[[bool], None]
+):
+    for batch, channels, count, height, width in sizes(device):
+        x = last(normal(batch, channels * several, count, height, width, dtype=dtype).to(device))
+        for fresh in (False, True):
+            frames = times * count - (times - 1 if fresh else 0)
+            h = last(normal(batch, channels, frames, 2 * height, 2 * width, seed=1, dtype=dtype).to(device))
+            by_kernels(False)
+            plain = plus_spread(h.clone(), x, times, fresh)
+            by_kernels(True)
+            made = h.clone()
+            assert plus_spread(made, x, times, fresh) is made
+            if device == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts bits off instead of rounding
+                assert relative(made, plain) <= torch.finfo(dtype).eps
+            else:
+                assert torch.equal(made, plain)
+            assert not torch.equal(made, h)
 
 
 def wan(device: str, eager: bool) -> WanVAE:

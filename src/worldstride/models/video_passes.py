@@ -39,3 +39,19 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
 @norm_silu_into.register_fake
 def _(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     return None
+
+
+@torch.library.custom_op("worldstride::add_spread", mutates_args=("h",), device_types="cuda")
+def add_spread(h: Tensor, x: Tensor, times: int, lead: int) -> None:
+    """h [B, C, times T - lead, 2 H, 2 W] plus x [B, C m, T, H, W] in place, spread as `vae_layers.plus_spread` says.
+
+    Both have channels innermost. The first `lead` of the finer frames are not there, and get nothing.
+    """
+    from worldstride.models.kernels.video import launch_add_spread
+
+    launch_add_spread(h, x, times, lead)
+
+
+@add_spread.register_fake
+def _(h: Tensor, x: Tensor, times: int, lead: int) -> None:
+    return None

@@ -24,6 +24,19 @@ EPS = 1e-24
 """Beside the mean of squares."""
 
 
+@triton.jit
+def places(pixels, frames, height, width, ROWS: tl.constexpr):
+    """Which of a program's rows are pixels, and where those lie: world, frame, row and column."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = rows < pixels
+    at = tl.where(own, rows, 0)
+    line = at // width
+    frame = line // height
+    batch = (frame // frames).to(tl.int64)
+    time = (frame % frames).to(tl.int64)
+    return own, batch, time, (line % height).to(tl.int64), (at % width).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
 def norm_silu(
     x, gamma, out,  # x and out [B, C, T, H, W], gamma [C]
@@ -32,13 +45,7 @@ def norm_silu(
     C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`pixels` are those of all frames. WIDE is the power of two that holds C channels."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own = rows < pixels
-    at = tl.where(own, rows, 0)
-    column, line = at % width, at // width
-    row, frame = line % height, line // height
-    time, batch = (frame % frames).to(tl.int64), (frame // frames).to(tl.int64)
-    row, column = row.to(tl.int64), column.to(tl.int64)
+    own, batch, time, row, column = places(pixels, frames, height, width, ROWS)
     c = tl.arange(0, WIDE)
     mask = own[:, None] & (c < C)[None, :]
     source = batch * x_b + time * x_t + row * x_h + column * x_w
@@ -61,6 +68,56 @@ def launch_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
         kernel[(triton.cdiv(pixels, rows),)](
             x, gamma, out, pixels, *size, EPS, *_strides(x), *_strides(out), C=channels, WIDE=wide, ROWS=rows,
             num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pixels", "frames", "height", "width", "lead"])
+def add_spread(
+    x, h,  # x [B, C M, T, H, W], h [B, C, TIMES T - lead, 2 H, 2 W]
+    pixels, frames, height, width, lead,
+    x_b, x_t, x_h, x_w, h_b, h_t, h_h, h_w,
+    C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TIMES: tl.constexpr, M: tl.constexpr,
+    M_T: tl.constexpr, M_H: tl.constexpr, M_W: tl.constexpr,
+):  # fmt: skip
+    """Every pixel of x to its TIMES 2 2 finer ones of h; M = M_T M_H M_W values of a channel go to parts of them."""
+    own, batch, time, row, column = places(pixels, frames, height, width, ROWS)
+    c = tl.arange(0, WIDE)
+    source = batch * x_b + time * x_t + row * x_h + column * x_w
+    m = tl.arange(0, M)
+    values = tl.arange(0, WIDE * M)
+    inside = own[:, None] & (values < C * M)[None, :]
+    value = tl.load(x + source[:, None] + values[None, :], mask=inside, other=0.0).to(tl.float32)
+    for dt in tl.static_range(TIMES):
+        frame = time * TIMES + dt - lead
+        mask = (own & (frame >= 0))[:, None] & (c < C)[None, :]
+        for dr in tl.static_range(2):
+            for ds in tl.static_range(2):
+                if M == 1:
+                    added = value
+                else:
+                    k = (dt % M_T * M_H + dr % M_H) * M_W + ds % M_W
+                    parts = value.reshape(ROWS, WIDE, M)
+                    added = tl.sum(tl.where((m == k)[None, None, :], parts, 0.0), 2)
+                target = batch * h_b + frame * h_t + (2 * row + dr) * h_h + (2 * column + ds) * h_w
+                at = h + target[:, None] + c[None, :]
+                old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(at, (old + added).to(h.dtype.element_ty), mask=mask)
+
+
+def launch_add_spread(h: Tensor, x: Tensor, times: int, lead: int) -> None:
+    """h [B, C, times T - lead, 2 H, 2 W] plus x [B, C m, T, H, W] spread over the finer grid, in place."""
+    batch, channels, *size = x.shape
+    pixels = batch * size[0] * size[1] * size[2]
+    several = channels // h.shape[1]
+    over_time = min(several, times)
+    over_rows = min(several // over_time, 2)
+    wide = triton.next_power_of_2(h.shape[1])
+    rows = max(1, TILE // 2 // (wide * several))
+    kernel: Any = add_spread
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(pixels, rows),)](
+            x, h, pixels, *size, lead, *_strides(x), *_strides(h), C=h.shape[1], WIDE=wide, ROWS=rows, TIMES=times,
+            M=several, M_T=over_time, M_H=over_rows, M_W=several // over_time // over_rows, num_warps=4,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.models.video_codec import PAST, Carrying, ChannelNorm, Memory, group_means
+from worldstride.models.video_passes import add_spread, fused
 
 
 class PastConv(Carrying, nn.Conv3d):
@@ -152,6 +153,9 @@ def plus_spread(h: Tensor, x: Tensor, times: int, fresh: bool) -> Tensor:
     A value of C has 4 times finer cells (frame, row, column); m values of x, a power of two, fill them in that order.
     Where `fresh` and `times` is 2, the clip's first frame is one, with what would fill its second.
     """
+    if fused(x) and fused(h) and h.dtype == x.dtype:
+        add_spread(h, x, times, times - 1 if fresh else 0)
+        return h
     if not fresh or times == 1:
         _cells(h, times).add_(_sources(x, h.shape[1], times))
         return h
