@@ -47,11 +47,24 @@ def add_spread(h: Tensor, x: Tensor, times: int, lead: int) -> None:
 
     Both have channels innermost. The first `lead` of the finer frames are not there, and get nothing.
     """
-    from worldstride.models.kernels.video import launch_add_spread
+    from worldstride.models.kernels.video import launch_spread
 
-    launch_add_spread(h, x, times, lead)
+    launch_spread(h, x, times, lead, True)
 
 
 @add_spread.register_fake
 def _(h: Tensor, x: Tensor, times: int, lead: int) -> None:
+    return None
+
+
+@torch.library.custom_op("worldstride::spread_into", mutates_args=("out",), device_types="cuda")
+def spread_into(out: Tensor, x: Tensor) -> None:
+    """x [B, C, T, H, W] into `out` [B, C, T, 2 H, 2 W], by nearest neighbours; channels are innermost in both."""
+    from worldstride.models.kernels.video import launch_spread
+
+    launch_spread(out, x, 1, 0, False)
+
+
+@spread_into.register_fake
+def _(out: Tensor, x: Tensor) -> None:
     return None

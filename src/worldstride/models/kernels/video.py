@@ -72,14 +72,17 @@ def launch_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width", "lead"])
-def add_spread(
+def spread(
     x, h,  # x [B, C M, T, H, W], h [B, C, TIMES T - lead, 2 H, 2 W]
     pixels, frames, height, width, lead,
     x_b, x_t, x_h, x_w, h_b, h_t, h_h, h_w,
     C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TIMES: tl.constexpr, M: tl.constexpr,
-    M_T: tl.constexpr, M_H: tl.constexpr, M_W: tl.constexpr,
+    M_T: tl.constexpr, M_H: tl.constexpr, M_W: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Every pixel of x to its TIMES 2 2 finer ones of h; M = M_T M_H M_W values of a channel go to parts of them."""
+    """Every pixel of x to its TIMES 2 2 finer ones of h; M = M_T M_H M_W values of a channel go to parts of them.
+
+    What h holds stays, and gets it added, with ADD.
+    """
     own, batch, time, row, column = places(pixels, frames, height, width, ROWS)
     c = tl.arange(0, WIDE)
     source = batch * x_b + time * x_t + row * x_h + column * x_w
@@ -100,12 +103,13 @@ def add_spread(
                     added = tl.sum(tl.where((m == k)[None, None, :], parts, 0.0), 2)
                 target = batch * h_b + frame * h_t + (2 * row + dr) * h_h + (2 * column + ds) * h_w
                 at = h + target[:, None] + c[None, :]
-                old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-                tl.store(at, (old + added).to(h.dtype.element_ty), mask=mask)
+                if ADD:
+                    added = tl.load(at, mask=mask, other=0.0).to(tl.float32) + added
+                tl.store(at, added.to(h.dtype.element_ty), mask=mask)
 
 
-def launch_add_spread(h: Tensor, x: Tensor, times: int, lead: int) -> None:
-    """h [B, C, times T - lead, 2 H, 2 W] plus x [B, C m, T, H, W] spread over the finer grid, in place."""
+def launch_spread(h: Tensor, x: Tensor, times: int, lead: int, add: bool) -> None:
+    """x [B, C m, T, H, W] spread over the finer grid into h [B, C, times T - lead, 2 H, 2 W], or added to it."""
     batch, channels, *size = x.shape
     pixels = batch * size[0] * size[1] * size[2]
     several = channels // h.shape[1]
@@ -113,11 +117,12 @@ def launch_add_spread(h: Tensor, x: Tensor, times: int, lead: int) -> None:
     over_rows = min(several // over_time, 2)
     wide = triton.next_power_of_2(h.shape[1])
     rows = max(1, TILE // 2 // (wide * several))
-    kernel: Any = add_spread
+    kernel: Any = spread
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(pixels, rows),)](
             x, h, pixels, *size, lead, *_strides(x), *_strides(h), C=h.shape[1], WIDE=wide, ROWS=rows, TIMES=times,
-            M=several, M_T=over_time, M_H=over_rows, M_W=several // over_time // over_rows, num_warps=4,
+            M=several, M_T=over_time, M_H=over_rows, M_W=several // over_time // over_rows, ADD=add,
+            num_warps=4,
         )  # fmt: skip
 
 

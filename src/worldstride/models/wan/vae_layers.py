@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.models.video_codec import PAST, Carrying, ChannelNorm, Memory, group_means
-from worldstride.models.video_passes import add_spread, fused
+from worldstride.models.video_passes import add_spread, fused, spread_into
 
 
 class PastConv(Carrying, nn.Conv3d):
@@ -104,14 +104,18 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """x [B, C, T, H, W] -> [B, C, T, 2 H, 2 W], or 2 T frames; less one with which a clip begins"""
+        several = 1
         if self.time_conv is not None:
-            x = self._doubled(x, self.time_conv, memory)
-        return _by_frame(self.resample, x)
+            if memory.fresh:
+                x = self._begun(x, self.time_conv, memory)
+            else:
+                x, several = self.time_conv(x, memory), 2
+        if fused(x):
+            return _by_frame(self.resample[1], _finer(x, several))
+        return _by_frame(self.resample, x if several == 1 else _interleaved(x))
 
-    def _doubled(self, x: Tensor, conv: PastConv, memory: Memory) -> Tensor:
+    def _begun(self, x: Tensor, conv: PastConv, memory: Memory) -> Tensor:
         """Two frames of every one but a clip's first; one that goes on as it is is not seen by later ones."""
-        if not memory.fresh:
-            return _interleaved(conv(x, memory))
         if self.eager:
             return _interleaved(conv(x, memory))[:, :, 1:]
         if x.shape[2] > 1:
@@ -145,6 +149,19 @@ def _interleaved(h: Tensor) -> Tensor:
     """Frames whose channels are two frames' [B, 2 C, T, H, W] -> [B, C, 2 T, H, W]"""
     pairs = h.movedim(1, -1).unflatten(-1, (2, -1)).movedim(4, 2)  # [B, T, 2, H, W, C]
     return pairs.flatten(1, 2).movedim(-1, 1)
+
+
+def _finer(h: Tensor, several: int) -> Tensor:
+    """Frames whose channels are several frames' [B, several C, T, H, W] -> [B, C, several T, 2 H, 2 W]
+
+    Frames are interleaved, and pixels repeated, in one pass by a kernel.
+    """
+    batch, channels, count, height, width = h.shape
+    size = (batch, channels // several, several * count, 2 * height, 2 * width)
+    finer = torch.empty(size, dtype=h.dtype, device=h.device, memory_format=torch.channels_last_3d)
+    for i, part in enumerate(h.chunk(several, 1)):
+        spread_into(finer[:, :, i::several], part)
+    return finer
 
 
 def plus_spread(h: Tensor, x: Tensor, times: int, fresh: bool) -> Tensor:
