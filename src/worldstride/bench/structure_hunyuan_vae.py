@@ -36,6 +36,9 @@ class _Conv(CausalConv):
             memory.kept[self.name] = frames[:, :, -PAST:].clone()
         return self.conv(F.pad(frames, (1, 1, 1, 1, 0, 0), mode="replicate"))
 
+    def after(self, norm: ChannelNorm, x: Tensor, memory: Memory | None = None) -> Tensor:
+        return self(F.silu(norm(x), inplace=True), memory)
+
 
 class _Attention(FrameAttention):
     def forward(self, x: Tensor) -> Tensor:

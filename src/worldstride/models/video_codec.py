@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.errors import InputError
+from worldstride.models.video_passes import fused, norm_silu_into
 
 Laid = TypeVar("Laid", bound=nn.Module)
 PAST = 2
@@ -42,9 +43,28 @@ class Memory:
 
 
 class Carrying(nn.Module):
-    """A layer that remembers frames in a `Memory`, by a name that `carried` gives it."""
+    """A convolution that remembers frames in a `Memory`, by a name that `carried` gives it."""
 
     name = ""
+
+    def after(self, norm: ChannelNorm, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """The layer over SiLU of the norm of x [B, C, T, H, W].
+
+        Where kernels can, they write that to where the convolution reads it, see `norm_silu_into`.
+        """
+        if not fused(x, norm.gamma):
+            return self(F.silu(norm(x), inplace=True), memory)
+        whole, own = self.room(x)
+        norm_silu_into(x, norm.gamma.flatten(), own)
+        return self.over(whole, memory)
+
+    @abstractmethod
+    def room(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the convolution reads, still empty and channels last in memory, and the part of it that x fills."""
+
+    @abstractmethod
+    def over(self, whole: Tensor, memory: Memory | None) -> Tensor:
+        """The convolution of what it reads, filled but for what lies before frames and beyond edges."""
 
 
 def carried(decoder: nn.Module) -> list[str]:

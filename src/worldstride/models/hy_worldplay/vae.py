@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.errors import InputError, did_you_mean, integer_from, number_in
@@ -181,7 +180,7 @@ class Encoder(nn.Module):
         for stage in self.down:
             x = stage(x)
         x = self.mid(x)
-        h = self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        h = self.conv_out.after(self.norm_out, x)
         return h.add_(group_means(x, h.shape[1]))
 
 
@@ -205,7 +204,7 @@ class Decoder(nn.Module):
         x = self.mid(x, memory)
         for stage in self.up:
             x = stage(x, memory)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True), memory)
+        return self.conv_out.after(self.norm_out, x, memory)
 
 
 class VideoVAE(Codec):

@@ -21,35 +21,43 @@ class CausalConv(Carrying):
         self.conv = nn.Conv3d(channels, out, PAST + 1)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        """x [B, C, T, H, W] after the frames in memory -> [B, out, T, H, W]; memory keeps the last frames."""
-        past = x[:, :, :1]
-        if memory is not None and not memory.fresh:
-            past = memory.past(self.name, x)
-        padded = _padded(x, past)
+        """x [B, C, T, H, W] after the frames in memory -> [B, out, T, H, W]; memory keeps the last frames.
+
+        What the convolution reads is written once: copies of whole activations cost as much as norms do, and eager
+        `F.pad` would undo channels last. A compiler makes one pass of the plain form, but five of this one.
+        """
+        if torch.compiler.is_compiling():
+            frames = torch.cat([self._past(x, memory).expand(-1, -1, PAST, -1, -1), x], 2)
+            return self._convolved(F.pad(frames, (1, 1, 1, 1, 0, 0), mode="replicate"), memory)
+        whole, own = self.room(x)
+        own.copy_(x)
+        return self.over(whole, memory)
+
+    def room(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Carrying.room`: [B, C, 2 + T, H + 2, W + 2]"""
+        batch, channels, frames, height, width = x.shape
+        size = (batch, channels, PAST + frames, height + 2, width + 2)
+        whole = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        return whole, whole[:, :, PAST:, 1:-1, 1:-1]
+
+    def over(self, whole: Tensor, memory: Memory | None) -> Tensor:
+        """See `Carrying.over`."""
+        whole[:, :, :PAST, 1:-1, 1:-1] = self._past(whole[:, :, PAST:, 1:-1, 1:-1], memory)
+        whole[:, :, :, 1:-1, 0] = whole[:, :, :, 1:-1, 1]
+        whole[:, :, :, 1:-1, -1] = whole[:, :, :, 1:-1, -2]
+        whole[:, :, :, 0] = whole[:, :, :, 1]
+        whole[:, :, :, -1] = whole[:, :, :, -2]
+        return self._convolved(whole, memory)
+
+    def _past(self, x: Tensor, memory: Memory | None) -> Tensor:
+        """The two frames before x, or one that stands for both."""
+        return x[:, :, :1] if memory is None or memory.fresh else memory.past(self.name, x)
+
+    def _convolved(self, padded: Tensor, memory: Memory | None) -> Tensor:
+        """Of past frames and own ones, all with an edge around [B, C, 2 + T, H + 2, W + 2]."""
         if memory is not None:
             memory.kept[self.name] = padded[:, :, -PAST:, 1:-1, 1:-1].clone()
         return F.conv3d(padded, self.conv.weight, self.conv.bias)
-
-
-def _padded(x: Tensor, past: Tensor) -> Tensor:
-    """[B, C, 2 + T, H + 2, W + 2]: past frames (one stands for two) before x, and a replicated pixel around.
-
-    Written once: copies of whole activations cost as much as norms do, and eager `F.pad` would undo channels last. A
-    compiler makes one pass of the plain form, but five of this one.
-    """
-    if torch.compiler.is_compiling():
-        frames = torch.cat([past.expand(-1, -1, PAST, -1, -1), x], 2)
-        return F.pad(frames, (1, 1, 1, 1, 0, 0), mode="replicate")
-    batch, channels, frames, height, width = x.shape
-    size = (batch, channels, PAST + frames, height + 2, width + 2)
-    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    out[:, :, PAST:, 1:-1, 1:-1] = x
-    out[:, :, :PAST, 1:-1, 1:-1] = past
-    out[:, :, :, 1:-1, 0] = out[:, :, :, 1:-1, 1]
-    out[:, :, :, 1:-1, -1] = out[:, :, :, 1:-1, -2]
-    out[:, :, :, 0] = out[:, :, :, 1]
-    out[:, :, :, -1] = out[:, :, :, -2]
-    return out
 
 
 class ResidualBlock(nn.Module):
@@ -63,8 +71,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """x [B, C, T, H, W] -> [B, out, T, H, W]"""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True), memory)
-        h = self.conv2(F.silu(self.norm2(h), inplace=True), memory)
+        h = self.conv1.after(self.norm1, x, memory)
+        h = self.conv2.after(self.norm2, h, memory)
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.errors import InputError, did_you_mean, integer_from
@@ -201,7 +200,7 @@ class WanEncoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x)), inplace=True))
+        return self.conv_out.after(self.norm_out, self.mid_block(x))
 
 
 class WanDecoder(nn.Module):
@@ -221,7 +220,7 @@ class WanDecoder(nn.Module):
         x = self.mid_block(self.conv_in(z, memory), memory)
         for block in self.up_blocks:
             x = block(x, memory)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True), memory)
+        return self.conv_out.after(self.norm_out, x, memory)
 
 
 class WanVAE(Codec):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldstride.models.video_codec import PAST, Carrying, ChannelNorm, Memory, group_means
+from worldstride.models.video_passes import add_spread, fused, spread_into
 
 
 class PastConv(Carrying, nn.Conv3d):
@@ -23,14 +24,24 @@ class PastConv(Carrying, nn.Conv3d):
 
     def forward(self, input: Tensor, memory: Memory | None = None) -> Tensor:
         """Frames [B, C, T, H, W] after those in memory -> [B, out, T, H, W]; memory keeps the last ones."""
-        batch, channels, count, height, width = input.shape
+        whole, own = self.room(input)
+        own.copy_(input)
+        return self.over(whole, memory)
+
+    def room(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Carrying.room`: [B, C, 2 + T, H, W]"""
+        batch, channels, count, height, width = x.shape
         size = (batch, channels, PAST + count, height, width)
-        frames = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last_3d)
-        frames[:, :, PAST:] = input
-        frames[:, :, :PAST] = 0 if memory is None or memory.fresh else memory.past(self.name, input)
+        whole = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        return whole, whole[:, :, PAST:]
+
+    def over(self, whole: Tensor, memory: Memory | None) -> Tensor:
+        """See `Carrying.over`."""
+        own = whole[:, :, PAST:]
+        whole[:, :, :PAST] = 0 if memory is None or memory.fresh else memory.past(self.name, own)
         if memory is not None:
-            memory.kept[self.name] = frames[:, :, -PAST:].clone()
-        return super().forward(frames)
+            memory.kept[self.name] = whole[:, :, -PAST:].clone()
+        return super().forward(whole)
 
 
 class Residual(nn.Module):
@@ -44,8 +55,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """x [B, C, T, H, W] -> [B, out, T, H, W]"""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True), memory)
-        h = self.conv2(F.silu(self.norm2(h), inplace=True), memory)
+        h = self.conv1.after(self.norm1, x, memory)
+        h = self.conv2.after(self.norm2, h, memory)
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -93,14 +104,18 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """x [B, C, T, H, W] -> [B, C, T, 2 H, 2 W], or 2 T frames; less one with which a clip begins"""
+        several = 1
         if self.time_conv is not None:
-            x = self._doubled(x, self.time_conv, memory)
-        return _by_frame(self.resample, x)
+            if memory.fresh:
+                x = self._begun(x, self.time_conv, memory)
+            else:
+                x, several = self.time_conv(x, memory), 2
+        if fused(x):
+            return _by_frame(self.resample[1], _finer(x, several))
+        return _by_frame(self.resample, x if several == 1 else _interleaved(x))
 
-    def _doubled(self, x: Tensor, conv: PastConv, memory: Memory) -> Tensor:
+    def _begun(self, x: Tensor, conv: PastConv, memory: Memory) -> Tensor:
         """Two frames of every one but a clip's first; one that goes on as it is is not seen by later ones."""
-        if not memory.fresh:
-            return _interleaved(conv(x, memory))
         if self.eager:
             return _interleaved(conv(x, memory))[:, :, 1:]
         if x.shape[2] > 1:
@@ -136,12 +151,28 @@ def _interleaved(h: Tensor) -> Tensor:
     return pairs.flatten(1, 2).movedim(-1, 1)
 
 
+def _finer(h: Tensor, several: int) -> Tensor:
+    """Frames whose channels are several frames' [B, several C, T, H, W] -> [B, C, several T, 2 H, 2 W]
+
+    Frames are interleaved, and pixels repeated, in one pass by a kernel.
+    """
+    batch, channels, count, height, width = h.shape
+    size = (batch, channels // several, several * count, 2 * height, 2 * width)
+    finer = torch.empty(size, dtype=h.dtype, device=h.device, memory_format=torch.channels_last_3d)
+    for i, part in enumerate(h.chunk(several, 1)):
+        spread_into(finer[:, :, i::several], part)
+    return finer
+
+
 def plus_spread(h: Tensor, x: Tensor, times: int, fresh: bool) -> Tensor:
     """h [B, C, times T, 2 H, 2 W] plus x [B, C m, T, H, W] spread over the finer grid, added in place.
 
     A value of C has 4 times finer cells (frame, row, column); m values of x, a power of two, fill them in that order.
     Where `fresh` and `times` is 2, the clip's first frame is one, with what would fill its second.
     """
+    if fused(x) and fused(h) and h.dtype == x.dtype:
+        add_spread(h, x, times, times - 1 if fresh else 0)
+        return h
     if not fresh or times == 1:
         _cells(h, times).add_(_sources(x, h.shape[1], times))
         return h
