@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hy_golden
 import worldstride
 from hy_variants import latents
-from mg3_golden import CHUNKS, actions, begin, case, engine, expected, model, network, noise, vae
+from mg3_golden import CHUNKS, actions, begin, case, engine, expected, model, network, noise, published, vae
 from worldstride import Action, Engine
 from worldstride.attention import attend
 from worldstride.bench.structure_matrix_game3 import UpstreamMatrixGame3, UpstreamStructure
@@ -26,6 +26,7 @@ from worldstride.models.matrix_game3.adapter import MatrixGame3, MG3Context
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.loading import random_matrix_game3
 from worldstride.models.matrix_game3.model import MG3Network
+from worldstride.models.matrix_game3.weights import build
 from worldstride.testing import check_model
 
 EACH = 2 * 3  # tokens of a latent
@@ -238,3 +239,17 @@ def test_other_models_have_other_ways(tiny_engine: Engine):
         ways(hy_golden.engine(hy_golden.model()), ["upstream-bf16"])
     with pytest.raises(InputError, match=r"not of 'courtyard' .*, which has accelerations only"):
         ways(tiny_engine, ["upstream-bf16"])
+
+
+def test_bfloat16_loses_little_more_than_upstreams_flow_of_precisions():
+    """Upstream keeps the stream of tokens, embedded levels and the head in float32; here they are in bfloat16."""
+    of = build(network().config, published(), "the golden case", torch.device("cpu"), torch.bfloat16)
+    port = MatrixGame3(of, model().decoder, torch.float32, rounded=False)
+    errors = list[float]()
+    for one in (port, UpstreamMatrixGame3(port, wide=True)):
+        session = begin(engine(one))
+        for k in range(3):
+            session.step(actions(*CHUNKS[k]), noise=noise(k))
+        errors.append(float((latents(session) - expected()).norm() / expected().norm()))
+    assert 0.004 < errors[1] < 0.008
+    assert errors[0] < 1.5 * errors[1]
