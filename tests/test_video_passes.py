@@ -16,11 +16,13 @@ from hy_golden import relative
 from hy_variants import streamed
 from wan_tiny import codec
 from worldstride.attention import ops
-from worldstride.models import video_passes
+from worldstride.bench.structure_hunyuan_vae import UpstreamDecoder
+from worldstride.models import video_codec, video_passes
 from worldstride.models.drawing import drawn
 from worldstride.models.hy_worldplay.vae import VAEConfig, VideoVAE
 from worldstride.models.hy_worldplay.vae_layers import CausalConv
 from worldstride.models.video_codec import PAST, Carrying, ChannelNorm, Memory, laid_out
+from worldstride.models.video_decoder import VideoDecoder
 from worldstride.models.wan.vae import WanVAE, WanVAEConfig
 from worldstride.models.wan.vae_layers import PastConv, Upsampler, plus_spread
 
@@ -187,6 +189,25 @@ def test_decoding_and_encoding_by_kernels(device: str, name: str, by_kernels: Ca
         frames, own = streamed(vae, z, split)
         assert relative(frames, whole) <= bound
         assert all(relative(own[name], state[name]) <= bound for name in state)
+
+
+def test_the_baseline_keeps_torchs_own_operators(by_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch):
+    by_kernels(True)
+    monkeypatch.setattr(video_codec, "norm_silu_into", lambda *given: pytest.fail("a kernel was asked for"))
+    made, _ = UpstreamDecoder(VideoDecoder(hunyuan("cpu"), 32, 48)).decode(normal(1, 2, 4, 2, 3), {})
+    assert made.shape == (1, 5, 32, 48, 3)
+
+
+@pytest.mark.parametrize("device", ON)
+def test_operators_do_what_their_fakes_and_schemas_say(device: str):
+    x, gamma = last(normal(1, 4, 2, 3, 5).to(device)), torch.ones(4, device=device)
+    fine = last(torch.zeros(1, 4, 2, 6, 10, device=device))
+    for operator, given in (
+        (torch.ops.worldstride.norm_silu_into, (x, gamma, torch.zeros_like(x))),
+        (torch.ops.worldstride.add_spread, (fine[:, :, 1:], x, 1, 1)),
+        (torch.ops.worldstride.spread_into, (fine, x)),
+    ):
+        torch.library.opcheck(operator.default, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("device", ON)
