@@ -20,7 +20,7 @@ from worldstride.control import ControlSettings
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.matrix_game3 import cost, rays, retrieval
-from worldstride.models.matrix_game3.config import FRAMES, PATCH, PIXELS
+from worldstride.models.matrix_game3.config import FRAMES
 from worldstride.models.matrix_game3.controls import CONTROLS, Walker, guessed, numbers
 from worldstride.models.matrix_game3.model import MG3Network, Prepared, Text
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
@@ -101,28 +101,29 @@ class MatrixGame3:
 
     def __init__(
         self, network: MG3Network, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 3,
-        guidance: float | None = None, rounded: bool = True,
+        guidance: float | None = None, rounded: bool = True, shift: float = SHIFT,
     ) -> None:  # fmt: skip
         """A model that makes frames of the decoder's size.
 
         Args:
             network: the transformer.
-            decoder: the VAE at a frame size that 32 divides; `InputError` on another one.
+            decoder: the VAE at a frame size that tokens (32 pixels) divide; `InputError` on another one.
             storage: precision of latents between steps (bfloat16 upstream).
             steps: solver steps at full compute.
             guidance: scale of classifier-free guidance of models that are not distilled; prompts then need negative
                 states, too.
             rounded: whether noise levels are rounded to bfloat16, as upstream's are on a GPU (1000, 908, 712).
+            shift: of the noise schedule.
         """
-        token = PATCH * PIXELS
+        token, pixels = network.config.side, network.config.pixels
         if any(n % token for n in decoder.size):
             size = " x ".join(map(str, decoder.size))
             raise InputError(f"frames must be multiples of {token} pixels high and wide, got {size}")
         self.network, self.config, self.decoder, self.storage = network, network.config, decoder, storage
-        self.steps, self.guidance, self.rounded = steps, guidance, rounded
+        self.steps, self.guidance, self.rounded, self.shift = steps, guidance, rounded, shift
         self.device, self.dtype = network.enter.weight.device, network.enter.weight.dtype
         self.token_grid = (decoder.size[0] // token, decoder.size[1] // token)
-        self.latent_shape = (self.config.channels, decoder.size[0] // PIXELS, decoder.size[1] // PIXELS)
+        self.latent_shape = (self.config.channels, decoder.size[0] // pixels, decoder.size[1] // pixels)
         self.intrinsics = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]])
         self._table, self._grid = network.ray_table(*decoder.size), retrieval.frustum()
         self._tokens = self.token_grid[0] * self.token_grid[1]
@@ -138,10 +139,10 @@ class MatrixGame3:
         return ChunkShape(NEW, NEW * FRAMES, clean=PAST, memory=MEMORY)
 
     def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
-        """UniPC on a schedule shifted by 5."""
+        """UniPC on a shifted schedule."""
         steps = self.steps if steps is None else steps
         integer_from("steps", steps, 1)
-        sigmas = shifted_sigmas(steps, SHIFT if shift is None else shift, HIGHEST)
+        sigmas = shifted_sigmas(steps, self.shift if shift is None else shift, HIGHEST)
         return SamplerSpec(sigmas, "unipc", self.storage, self.guidance)
 
     def navigator(self, settings: ControlSettings) -> Walker:

@@ -18,7 +18,7 @@ from worldstride.attention import Attend
 from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
 from worldstride.models.layers import Embedder, modulated
-from worldstride.models.matrix_game3.config import KEYS, MOUSE, PATCH, PIXELS, MG3Config
+from worldstride.models.matrix_game3.config import KEYS, MOUSE, PATCH, MG3Config
 from worldstride.models.matrix_game3.layers import Block, Places, answered, places
 from worldstride.models.matrix_game3.rays import RayTable
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE, Times, Told, grouped
@@ -128,7 +128,7 @@ class MG3Network(nn.Module):
             see = [torch.cat(pair, 1) for pair in zip(before, see, strict=True)]
         times = Times.of(self.config, [*range(memory), *range(window)], weight.device)
         steering = (block.steering for block in self._blocks())
-        rows, columns = (n // (PATCH * PIXELS) for n in table.size)
+        rows, columns = (n // self.config.side for n in table.size)
         return Prepared(
             memory, places(self.config, numbers, rows, columns), tuple(block.camera(p) for block in self._blocks()),
             tuple(None if s is None else s.told(see[0], see[1], times) for s in steering), times,
