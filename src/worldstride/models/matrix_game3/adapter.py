@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worldstride import camera
 from worldstride.attention import Attend
 from worldstride.control import ControlSettings
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.matrix_game3 import cost, rays, retrieval
 from worldstride.models.matrix_game3.config import FRAMES
-from worldstride.models.matrix_game3.controls import CONTROLS, Walker, guessed, numbers
+from worldstride.models.matrix_game3.controls import CONTROLS, Walker, followed, numbers
 from worldstride.models.matrix_game3.model import MG3Network, Prepared, Text
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
 from worldstride.models.video_decoder import VideoDecoder
@@ -279,16 +277,7 @@ class MatrixGame3:
         if len(c.past_actions) == count and c.actions:
             told = numbers([*c.past_actions, *c.actions], CONTROLS)
             return told[0][None].expand(len(c.cameras), -1, -1), told[1][None].expand(len(c.cameras), -1, -1)
-        made = list[tuple[Tensor, Tensor]]()
-        for latents, frames in zip(c.cameras, c.frame_cameras, strict=True):
-            past = latents[: count // FRAMES]
-            between = [camera.between(a, b, FRAMES) for a, b in pairwise(past)]
-            path = torch.cat([past[:1].repeat(FRAMES if count else 0, 1, 1), *between, frames, frames[-1:]])
-            keys, mouse = guessed(path, CONTROLS)
-            if len(frames) > 1:  # where the last frame leads is not known: on, as before
-                keys[-1], mouse[-1] = keys[-2], mouse[-2]
-            made.append((keys, mouse))
-        return torch.stack([k for k, _ in made]), torch.stack([m for _, m in made])
+        return followed(c.cameras[:, : count // FRAMES], c.frame_cameras, CONTROLS)
 
 
 def _asking(slots: int) -> list[int]:

@@ -110,7 +110,7 @@ class MG3Network(nn.Module):
 
         Args:
             cameras: `rays.recalled` and `rays.stepwise` ones [B, T, 4, 4].
-            numbers: places in time [T], remembered latents' own.
+            numbers: places in time [T], remembered latents' own; [B, T] where worlds have different ones.
             keys: keyboard of the window's frames [B, F, 6].
             mouse: likewise [B, F, 2].
             table: of `ray_table`.
