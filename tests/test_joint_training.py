@@ -1,0 +1,184 @@
+"""The small joint model: its codec, its data, and that training computes what a session does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldstride.acceleration import Acceleration
+from worldstride.engine import Engine
+from worldstride.models.matrix_game3 import retrieval
+from worldstride.models.matrix_game3.adapter import NEW, PAST
+from worldstride.models.matrix_game3.model import MG3Network
+
+FOLDER = Path(__file__).parents[1] / "training" / "courtyard"
+SIDE, LENGTH = 16, 35
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """Run a script and return what it printed."""
+    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def walks(training: SimpleNamespace) -> Any:
+    """Two walks of 137 frames, a plain one and a full one."""
+    return training.joint_data.Walks(2, 2, 0.5, SIDE, 4, torch.Generator().manual_seed(0), LENGTH)
+
+
+@pytest.fixture(scope="module")
+def network(training: SimpleNamespace) -> MG3Network:
+    """With weights that let every input count."""
+    torch.manual_seed(0)
+    made = training.joint_train.begun(MG3Network(training.joint_train.Settings().for_smoke().model))
+    for name, p in made.named_parameters():
+        if p.ndim == 2 and any(part in name for part in ("steering", "camera", "rays", "words", "told")):
+            p.data.mul_(3)
+    return made.requires_grad_(False)
+
+
+def frames(training: SimpleNamespace, walks: Any, i: int) -> Tensor:
+    """Of a walk, uint8 [F, H, W, 3]."""
+    return training.joint_courtyard.unfolded(walks.latents[i], 4)[3:]
+
+
+def test_folded_frames_come_back(training: SimpleNamespace):
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (2, 97, 24, 24, 3), generator=generator, dtype=torch.uint8)
+    codec = training.joint_courtyard.FoldedFrames(24, 4, torch.device("cpu"))
+    first, later = codec.encode(pictures[:, :57]), codec.encode(pictures[:, 57:])
+    assert first.shape == (2, 15, 192, 6, 6)
+    assert later.shape == (2, 10, 192, 6, 6)
+    assert torch.equal(codec.encode(pictures), torch.cat([first, later], 1))
+    assert torch.equal(first[0, 3, :, 0, 0].view(4, 3, 16)[1], first[0, 3, 48:96, 0, 0].view(3, 16))
+    whole, _ = codec.decode(torch.cat([first, later], 1), {})
+    assert torch.equal(whole, pictures)
+    a, state = codec.decode(first[:, :4], {})
+    b, state = codec.decode(first[:, 4:], state)
+    c, _ = codec.decode(later, state)
+    assert torch.equal(torch.cat([a, b, c], 1), pictures)
+    for wrong in (pictures[:, :3], pictures[:, :, :8], pictures.float()):
+        with pytest.raises(ValueError, match=r"latents show|frames must be uint8"):
+            codec.encode(wrong)
+
+
+def test_memory_is_what_the_models_own_rule_finds(walks: Any):
+    grid, seen = retrieval.frustum(), []
+    for i in range(2):
+        for first in (6, 11, 14, 21):
+            path = walks.cameras[i]
+            owners = [-(-f // 4) for f in range(1, 4 * (first - 1) + 1)]
+            coming = path[4 * (first + PAST) : 4 * (first + PAST + NEW) : 4]
+            chosen, _ = retrieval.filled(path[1 : len(owners) + 1], owners, coming, grid)
+            (mine,) = walks.recalled(torch.tensor([i]), torch.tensor([first])).tolist()
+            assert mine == chosen
+            seen.append(tuple(chosen))
+    assert len(set(seen)) > 4
+
+
+def test_walks_refuse_numbers_that_do_not_fit(training: SimpleNamespace):
+    for size, fresh, length in ((2, 4, 25), (2, 0, 25), (2, 2, 24)):
+        with pytest.raises(ValueError, match=f"25 latents, got {fresh}, {size}, {length}"):
+            training.joint_data.Walks(size, fresh, 0.5, SIDE, 4, torch.Generator(), length)
+
+
+def predicted(training: SimpleNamespace, network: MG3Network, batch: Any, x: Tensor, sigma: float) -> Tensor:
+    """The new latents of a batch, as training computes them without noise on what is given."""
+    levels = torch.zeros(x.shape[:2])
+    levels[:, batch.given :] = int(1000 * sigma)
+    text = network.text(training.joint_courtyard.prompt(network.config)["text"])
+    told = (batch.cameras, batch.numbers, batch.keys, batch.mouse)
+    return training.joint_courtyard.predicted(network, text, (x, levels), batch.memory, told, SIDE)[:, batch.given :]
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_training_computes_what_a_session_does(
+    training: SimpleNamespace, walks: Any, network: MG3Network, monkeypatch: pytest.MonkeyPatch, memory: int | None
+):
+    """Cameras, actions, places in time and memory of every chunk, for two walks at once."""
+    asked: list[list[tuple[Tensor, float, Tensor]]] = []
+    later = "recalling" if memory is None else "alone"
+    for i in range(2):
+        engine: Engine = training.joint_courtyard.joint_engine(network, size=SIDE)
+        plain, pictures, path = engine.model.velocity, frames(training, walks, i), walks.cameras[i]
+        steps: list[tuple[Tensor, float, Tensor]] = []
+
+        def velocity(x: Tensor, sigma: float, *rest: Any, plain: Any = plain, steps: Any = steps) -> Any:
+            made = plain(x, sigma, *rest)
+            steps.append((x.clone(), sigma, made[0].clone()))
+            return made
+
+        monkeypatch.setattr(engine.model, "velocity", velocity)
+        prompt = training.joint_courtyard.prompt(network.config)
+        session = engine.open(pictures[:1], path[:1], prompt, noise_seed=i)
+        session.acceleration = Acceleration("two steps", steps=2, memory=memory)
+        for at, end in ((0, 57), (57, 97), (97, 137)):
+            report = session.step(cameras=path[at:end]).report
+            assert report.context_latents == (5 if at and memory is None else 0)
+            session.correct(pictures[at:end])
+        asked.append(steps)
+    for call, ((x, sigma, v), (other, _, w)) in enumerate(zip(*asked, strict=True)):
+        chunk = call // 2
+        kind, first = ("first", 0) if chunk == 0 else (later, 1 + 10 * chunk)
+        batch = walks.window(kind, torch.arange(2), torch.tensor([first, first]))
+        both, speed = torch.cat([x, other]), torch.cat([v, w])
+        assert torch.equal(both[:, : batch.given], batch.clean[:, : batch.given])
+        assert bool((speed[:, : batch.given] == 0).all())
+        made = (both - max(sigma, 0.05) * speed)[:, batch.given :]
+        trained = predicted(training, network, batch, both, sigma)
+        assert torch.allclose(trained, made, atol=2e-5)
+        changes = [
+            {"keys": 1 - batch.keys}, {"mouse": batch.mouse + 0.1}, {"numbers": batch.numbers.flip(1)},
+            {"cameras": batch.cameras.flip(1)},
+        ]  # fmt: skip
+        if batch.memory is not None:
+            changes.append({"memory": batch.memory.flip(1)})
+        for change in changes:  # each of them would be noticed
+            wrong = predicted(training, network, replace(batch, **change), both, sigma)
+            assert not torch.allclose(wrong, made, atol=2e-4), change
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("joint")
+    run("joint_train.py", "--smoke", "--out", out)
+    return out
+
+
+def test_a_smoke_run_writes_weights_that_load_and_play(training: SimpleNamespace, smoke: Path):
+    facts = json.loads((smoke / "joint_training.json").read_text())
+    assert facts["step"] == 6
+    assert facts["samples"] == 12
+    assert {h["step"] for h in facts["history"]} == {1, 2, 3, 4}
+    engine = training.joint_courtyard.read_engine(smoke, torch.device("cpu"), torch.float32)
+    start = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
+    prompt = training.joint_courtyard.prompt(engine.model.config)
+    session = engine.open(start, torch.eye(4)[None], prompt)
+    assert [len(session.step().frames) for _ in range(2)] == [57, 40]
+    with pytest.raises(ValueError, match=r"state\.json, as joint_train.py writes it, is missing"):
+        training.joint_courtyard.read_engine(smoke / "absent", torch.device("cpu"), torch.float32)
+
+
+def test_training_moves_every_part_of_the_network(training: SimpleNamespace, tmp_path: Path):
+    settings = replace(training.joint_train.Settings(out=tmp_path).for_smoke(), seed=1)
+    trainer = training.joint_train.Trainer(settings, training.group.Group())
+    before = {name: p.clone() for name, p in trainer.network.named_parameters()}
+    for kind in training.joint_train.KINDS:
+        trainer.train_step(kind)
+    still = [name for name, p in trainer.network.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+    assert all(bool(p.isfinite().all()) for p in trainer.averaged.parameters())
