@@ -48,12 +48,14 @@ class Settings:
     batch: int = 96
     """Windows a GPU a step."""
     walks: int = 1024
-    """Walks held a GPU."""
+    """Most walks held a GPU."""
+    begun: int = 384
+    """Walks that a run begins with."""
     length: int = LENGTH
     """Latents of a walk."""
     fresh: int = 16
     """Walks that are rendered at once."""
-    refresh_every: int = 16
+    refresh_every: int = 20
     """Steps between two of which `fresh` walks are rendered anew."""
     plain: float = 0.3
     """Share of walks in plain static courts; the others have rooms and moving things."""
@@ -118,14 +120,17 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         millions = sum(p.numel() for p in self.network.parameters()) / 1e6
         self.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans for every shape, and pixels over time are many and short
         if settings.compile and group.cuda:
-            torch._dynamo.config.recompile_limit = 64  # three kinds of windows, and blocks of two kinds
+            from torch._dynamo import config as compiling  # slow to import
+
+            compiling.recompile_limit = 64  # three kinds of windows, and blocks of two kinds
             for name in ("begin", "ask", "steer", "press", "end"):
                 setattr(self.working, name, torch.compile(getattr(Block, name), dynamic=False))
         sizes = (settings.walks, settings.fresh, settings.plain, settings.side, config.pixels)
-        self.walks = Walks(*sizes, self.generator, settings.length)
+        self.walks = Walks(*sizes, self.generator, settings.length, settings.begun)
         self._wait()
-        self.log(f"{len(self.walks.latents)} walks")
+        self.log(f"{self.walks.count} walks")
 
     def log(self, *words: object) -> None:
         """Print on rank 0, with seconds since the start."""
@@ -158,10 +163,13 @@ class Trainer:
             if self.step % 100 == 0 or self.step in (1, 2, 3, 4, WARM):
                 self._report(facts, begin)
             if self.group.rank == 0 and time.perf_counter() - saved > 60 * s.state_minutes:
-                self._save()
                 saved = time.perf_counter()
+                self._save(saved - (begin or self.born))
         self._wait()
-        self._finish(time.perf_counter() - (begin or self.born))
+        seconds = time.perf_counter() - (begin or self.born)
+        if self.group.rank == 0:
+            self._save(seconds)
+        self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
 
     def _kind(self) -> Kind:
         first, alone = torch.rand(2, generator=self.order).tolist()
@@ -240,17 +248,12 @@ class Trainer:
             "processes": self.group.size, "settings": settings,
         }  # fmt: skip
 
-    def _save(self) -> None:
+    def _save(self, seconds: float) -> None:
+        """Weights, and how they came about: a run that is killed leaves both behind."""
         save_network(self.s.out, self.averaged, {"step": self.step, "side": self.s.side, "progress": self.progress})
-
-    def _finish(self, seconds: float) -> None:
-        if self.group.rank:
-            return
-        self._save()
         name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
         facts = {"seconds": seconds, "device": name, "torch": torch.__version__, "commit": commit()}
         write_json(self.s.out / "joint_training.json", {**self._facts(), **facts, "history": self.history})
-        self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
 
 
 def begun(network: MG3Network) -> MG3Network:
