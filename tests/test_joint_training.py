@@ -182,3 +182,47 @@ def test_training_moves_every_part_of_the_network(training: SimpleNamespace, tmp
     still = [name for name, p in trainer.network.named_parameters() if torch.equal(p, before[name])]
     assert not still
     assert all(bool(p.isfinite().all()) for p in trainer.averaged.parameters())
+
+
+def test_arms_are_measured_against_full_compute_in_both_modes(training: SimpleNamespace, smoke: Path, tmp_path: Path):
+    (tmp_path / "two.toml").write_text("steps = 2\nmemory = 3\n")
+    out = tmp_path / "result.json"
+    given = ("--weights", smoke, "--worlds", "2", "--chunks", "2", "--at-once", "2", "--device", "cpu")
+    printed = run("joint_evaluate.py", *given, "--accelerations", "off", tmp_path / "two.toml", "--out", out)
+    assert "psnr full" in printed
+    facts = json.loads(out.read_text())
+    off, two = facts["rows"]
+    assert (off["name"], two["name"]) == ("off", "two")
+    assert (off["evaluations_per_chunk"], two["evaluations_per_chunk"]) == (8, 2)
+    assert (off["context_latents"], two["context_latents"]) == (2.5, 1.5)  # a world's first chunk has none
+    assert {lever["name"]: lever["fired"] for lever in two["levers"]} == {"steps": 16, "memory": 8}
+    for mode in ("closed", "forced"):
+        assert off["scores"][mode]["psnr_full"]["all"]["mean"] == pytest.approx(80)
+        assert off["scores"][mode]["loss"]["all"]["mean"] == 0
+        assert 0 < two["scores"][mode]["psnr_full"]["all"]["mean"] < 60
+        assert {"all", "revisited", "recent", "novel"} <= off["scores"][mode]["energy"].keys()
+    assert off["scores"]["closed"]["energy"] != off["scores"]["forced"]["energy"]
+    with pytest.raises(ValueError, match="names of their own, got off, two, two"):
+        training.joint_evaluate.arms_of([str(tmp_path / "two.toml"), Acceleration("two", steps=3)])
+
+
+def test_modes_and_seeds_share_a_batch(training: SimpleNamespace, smoke: Path):
+    evaluate = training.joint_evaluate
+    engine = training.joint_courtyard.read_engine(smoke, torch.device("cpu"), torch.float32)
+    world = evaluate.held_out(engine, evaluate.Settings(smoke, chunks=2), 0)
+    noise = evaluate.NoiseBank()
+    made = evaluate.play(engine, world, Acceleration("two", steps=2), 2, noise)
+    assert {r.batch for _, reports in made.values() for each in reports for r in each} == {4}
+    assert made["closed"][0].shape == (2, 96, SIDE, SIDE, 3)
+    first, later = slice(0, 56), slice(56, 96)
+    assert (made["closed"][0][:, first] == made["forced"][0][:, first]).all()
+    assert (made["closed"][0][:, later] != made["forced"][0][:, later]).any()
+    assert (made["closed"][0][0] != made["closed"][0][1]).any()
+    session = engine.open(world.frames[:1], world.cameras[:1], training.joint_courtyard.prompt(engine.model.config))
+    session.acceleration = Acceleration("two", steps=2)
+    alone = [
+        session.step(cameras=world.cameras[at:end], noise=noise.draw(evaluate.noise_seed(world, 1), k, size, "cpu"))
+        for k, (at, end, size) in enumerate(((0, 57, ()), (57, 97, ())))
+    ]
+    difference = abs(alone[1].frames.astype(int) - made["closed"][0][0, later].astype(int))
+    assert difference.max() <= 2  # sums of a batch round otherwise

@@ -130,6 +130,9 @@ def predicted(
         side: pixels of a frame's height and width.
     """
     cameras, numbers, keys, mouse = told
+    # attention's backward pass is given whole tensors: prompts are expanded ones elsewhere
+    pairs = ((t.expand(len(cameras), -1, -1, -1).contiguous() for t in pair) for pair in text.pairs)
+    text = Text(tuple((k, v) for k, v in pairs), text.bias)
     count = 0 if memory is None else memory.shape[1]
     chunk = network.prepared(cameras, numbers, count, keys, mouse, network.ray_table(side, side))
     return network.velocity(*window, memory, chunk, text, attend)

@@ -85,26 +85,32 @@ class Walks:
 
     def __init__(
         self, size: int, fresh: int, plain: float, side: int, pixels: int, generator: torch.Generator,
-        length: int = LENGTH,
+        length: int = LENGTH, begun: int | None = None,
     ) -> None:  # fmt: skip
-        """`size` walks of `length` latents, `fresh` of them rendered at once, a share `plain` in plain courts."""
+        """`size` walks of `length` latents, `fresh` of them rendered at once, a share `plain` in plain courts.
+
+        `begun` of them are there at first, and the others come as training goes.
+        """
         if not 0 < fresh <= size or length < FIRST + NEW:
             raise ValueError(f"walks need 0 < fresh <= size and {FIRST + NEW} latents, got {fresh}, {size}, {length}")
         size -= size % fresh
         self.device, self.generator, self.length = generator.device, generator, length
         self._fresh, self._plain, self._side, self._pixels, self._next = fresh, plain, side, pixels, 0
+        self.count = 0
+        """Walks that are there."""
         self._grid, self._asking = retrieval.frustum().to(self.device), torch.tensor(ASKING, device=self.device) + PAST
         shape = (size, length, FRAMES * 3 * pixels**2, side // pixels, side // pixels)
         self.latents = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self.cameras = torch.empty(size, frames_of(length), 4, 4, device=self.device)
         self.seen = torch.empty(size, length, length, dtype=torch.int32, device=self.device)
-        for _ in range(size // fresh):
+        for _ in range(max(1, min(begun or size, size) // fresh)):
             self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Render `fresh` walks in place of the oldest."""
+        """Render `fresh` walks beside the others, or in place of the oldest."""
         at, self._next = self._next, (self._next + self._fresh) % len(self.latents)
+        self.count = max(self.count, at + self._fresh)
         plain = round(self._plain * self._fresh)
         for family, count in (("plain", plain), ("courtyard", self._fresh - plain)):
             if count:
@@ -134,7 +140,7 @@ class Walks:
     @torch.no_grad()
     def draw(self, count: int, kind: Kind) -> Batch:
         """Windows anywhere in walks."""
-        walks = torch.randint(len(self.latents), (count,), device=self.device, generator=self.generator)
+        walks = torch.randint(self.count, (count,), device=self.device, generator=self.generator)
         if kind == "first":
             return self.window(kind, walks, torch.zeros_like(walks))
         last = self.length - PAST - NEW
