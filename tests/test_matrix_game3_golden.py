@@ -100,9 +100,9 @@ def moments(cameras: Tensor, height: int, width: int) -> Tensor:
     return rays._by_token(torch.cat([torch.linalg.cross(origins, directions), directions], -1))
 
 
-def corners(height: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def corners(height: int, width: int, dtype: torch.dtype = torch.float64, device: Any = None) -> Tensor:
     v, u = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
-    return F.normalize(torch.stack([2 * u - 1, 2 * v - 1, torch.ones_like(u)], -1).to(dtype), dim=-1)
+    return F.normalize(torch.stack([2 * u - 1, 2 * v - 1, torch.ones_like(u)], -1).to(device, dtype), dim=-1)
 
 
 def unscaled(cameras: Tensor, unit: Tensor) -> Tensor:

@@ -75,25 +75,28 @@ def between(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 def toward(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """Camera [4, 4] after a share of the way from start to end [4, 4].
+    """Cameras [..., 4, 4] after a share of the way from start to end [..., 4, 4].
 
     The eye moves straight, the view turns about one axis; by half a turn any axis would do, and one is taken.
     """
-    turn = (start[:3, :3].mT @ end[:3, :3]).double()
-    axis = torch.stack([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]]) / 2
-    angle = torch.atan2(axis.norm(), (turn.diagonal().sum() - 1) / 2)
-    if float(axis.norm()) < 1e-9 and float(angle) > 1:  # half a turn: the axis is what stays where it is
-        still = turn + torch.eye(3, dtype=turn.dtype, device=turn.device)
-        axis = still[:, int(still.diagonal().argmax())]
-    axis = axis / axis.norm().clamp_min(1e-30)
-    x, y, z = axis.unbind()
-    o, part = torch.zeros_like(x), angle * share
-    cross = torch.stack([o, -z, y, z, o, -x, -y, x, o]).view(3, 3)
-    spin = torch.eye(3, dtype=turn.dtype, device=turn.device) + part.sin() * cross
-    spin = spin + (1 - part.cos()) * (cross @ cross)  # Rodrigues' formula
+    turn = (start[..., :3, :3].mT @ end[..., :3, :3]).double()
+    one = torch.eye(3, dtype=turn.dtype, device=turn.device)
+    parts = (turn[..., i, j] - turn[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0)))
+    axis = torch.stack(list(parts), -1) / 2
+    length = axis.norm(dim=-1, keepdim=True)
+    trace = turn.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    angle = torch.atan2(length, (trace - 1) / 2)
+    # half a turn: the axis is what stays where it is
+    still = turn + one
+    longest = still.diagonal(dim1=-2, dim2=-1).argmax(-1, keepdim=True)[..., None].expand(*turn.shape[:-1], 1)
+    axis = torch.where((length < 1e-9) & (angle > 1), still.gather(-1, longest)[..., 0], axis)
+    x, y, z = (axis / axis.norm(dim=-1, keepdim=True).clamp_min(1e-30)).unbind(-1)
+    o, part = torch.zeros_like(x), (angle * share)[..., None]
+    cross = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))
+    spin = one + part.sin() * cross + (1 - part.cos()) * (cross @ cross)  # Rodrigues' formula
     made = start.clone()
-    made[:3, :3] = start[:3, :3] @ spin.to(start)
-    made[:3, 3] = torch.lerp(start[:3, 3], end[:3, 3], share)
+    made[..., :3, :3] = start[..., :3, :3] @ spin.to(start)
+    made[..., :3, 3] = torch.lerp(start[..., :3, 3], end[..., :3, 3], share)
     return made
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from worldstride.models.courtyard.model import CourtyardNetwork
+from worldstride.models.matrix_game3.model import MG3Network
 
 
 class Optimizer:
     """Both optimisers with one learning-rate scale; gradients of AdamW's part are clipped to norm 1."""
 
-    def __init__(self, network: CourtyardNetwork, matrix_rate: float, rate: float) -> None:
+    def __init__(self, network: CourtyardNetwork | MG3Network, matrix_rate: float, rate: float) -> None:
         matrices = [p for p in network.blocks.parameters() if p.dim() == 2 and min(p.shape) > 6]
         if not hasattr(torch.optim, "Muon"):  # torch before 2.9
             matrices = []

@@ -30,7 +30,6 @@ from worldstride.errors import InputError
 from worldstride.models.layers import gated, merged, modulated, rms_norm
 from worldstride.models.matrix_game3 import rays
 from worldstride.models.matrix_game3.adapter import MatrixGame3
-from worldstride.models.matrix_game3.config import PATCH, PIXELS
 from worldstride.models.matrix_game3.layers import Block, Places
 from worldstride.models.matrix_game3.model import Frozen, MG3Network, Prepared, Text, shown
 from worldstride.models.matrix_game3.rays import RayTable
@@ -99,7 +98,7 @@ class UpstreamStructure(MG3Network):
     ) -> RawChunk:
         """See `MG3Network.prepared`; rays and angles are all that is made."""
         told = rays.told(cameras, *table.size).to(self.enter.weight.dtype).flatten(1, 2)
-        rows, columns = (torch.arange(n // (PATCH * PIXELS), device=numbers.device) for n in table.size)
+        rows, columns = (torch.arange(n // self.config.side, device=numbers.device) for n in table.size)
         times = Times.of(self.config, [*range(memory), *range(len(numbers) - memory)], numbers.device)
         none = Places(told.new_empty(0), told.new_empty(0))
         return RawChunk(memory, none, (), (), times, told, self._axes(numbers, rows, columns), keys, mouse)
@@ -220,4 +219,4 @@ class UpstreamMatrixGame3(MatrixGame3):
                 (specification, section 2.6); otherwise they are in the model's precision.
         """
         network = UpstreamStructure(model.network, wide)
-        super().__init__(network, model.decoder, model.storage, model.steps, model.guidance, model.rounded)
+        super().__init__(network, model.decoder, model.storage, model.steps, model.guidance, model.rounded, model.shift)

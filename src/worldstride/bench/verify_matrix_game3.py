@@ -30,7 +30,7 @@ from worldstride.denoising.solvers import UniPC
 from worldstride.errors import InputError, WorldstrideError
 from worldstride.models.matrix_game3 import rays, retrieval
 from worldstride.models.matrix_game3.adapter import HIGHEST, NEW, PAST, SHIFT
-from worldstride.models.matrix_game3.config import FRAMES, PIXELS
+from worldstride.models.matrix_game3.config import FRAMES
 from worldstride.models.matrix_game3.controls import walked
 from worldstride.models.matrix_game3.weights import build, config_of
 
@@ -74,7 +74,7 @@ class _Replay:
         self.keys, self.mouse = (self.arrays[name].float() for name in ("keyboard", "mouse"))
         self.image = self.finished = self.arrays["image_latent"].transpose(1, 2)
         self.text = self.network.text(self.arrays["context"][None])
-        self.table = self.network.ray_table(*(PIXELS * n for n in self.image.shape[3:]))
+        self.table = self.network.ray_table(*(self.network.config.pixels * n for n in self.image.shape[3:]))
 
     def all(self) -> Iterator[Comparison]:
         """Everything that the case holds."""
@@ -163,7 +163,8 @@ class _Replay:
 
     def _rays(self, k: int, cameras: Tensor, size: torch.Size) -> Iterator[Comparison]:
         """What tokens are told, as planes of latent pixels [1, 1536, T, h, w]."""
-        told = rays.told(cameras, PIXELS * size[0], PIXELS * size[1])
+        pixels = self.network.config.pixels
+        told = rays.told(cameras, pixels * size[0], pixels * size[1])
         planes = told.unflatten(1, (size[0] // 2, size[1] // 2)).unflatten(-1, (-1, 2, 2))  # [T, H, W, 1536, 2, 2]
         planes = planes.permute(3, 0, 1, 4, 2, 5).flatten(4).flatten(2, 3)
         yield from self._expected(f"c{k}/plucker", planes[None])

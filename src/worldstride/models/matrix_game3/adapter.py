@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worldstride import camera
 from worldstride.attention import Attend
 from worldstride.control import ControlSettings
 from worldstride.denoising.schedule import shifted_sigmas
 from worldstride.errors import InputError, integer_from
 from worldstride.models.matrix_game3 import cost, rays, retrieval
-from worldstride.models.matrix_game3.config import FRAMES, PATCH, PIXELS
-from worldstride.models.matrix_game3.controls import CONTROLS, Walker, guessed, numbers
+from worldstride.models.matrix_game3.config import FRAMES
+from worldstride.models.matrix_game3.controls import CONTROLS, Walker, followed, numbers
 from worldstride.models.matrix_game3.model import Frozen, MG3Network, Prepared, Text
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
 from worldstride.models.quantised import Scheme, quantised
@@ -107,28 +105,29 @@ class MatrixGame3:
 
     def __init__(
         self, network: MG3Network, decoder: VideoDecoder, storage: torch.dtype = torch.bfloat16, steps: int = 3,
-        guidance: float | None = None, rounded: bool = True,
+        guidance: float | None = None, rounded: bool = True, shift: float = SHIFT,
     ) -> None:  # fmt: skip
         """A model that makes frames of the decoder's size.
 
         Args:
             network: the transformer.
-            decoder: the VAE at a frame size that 32 divides; `InputError` on another one.
+            decoder: the VAE at a frame size that tokens (32 pixels) divide; `InputError` on another one.
             storage: precision of latents between steps (bfloat16 upstream).
             steps: solver steps at full compute.
             guidance: scale of classifier-free guidance of models that are not distilled; prompts then need negative
                 states, too.
             rounded: whether noise levels are rounded to bfloat16, as upstream's are on a GPU (1000, 908, 712).
+            shift: of the noise schedule.
         """
-        token = PATCH * PIXELS
+        token, pixels = network.config.side, network.config.pixels
         if any(n % token for n in decoder.size):
             size = " x ".join(map(str, decoder.size))
             raise InputError(f"frames must be multiples of {token} pixels high and wide, got {size}")
         self.network, self.config, self.decoder, self.storage = network, network.config, decoder, storage
-        self.steps, self.guidance, self.rounded = steps, guidance, rounded
+        self.steps, self.guidance, self.rounded, self.shift = steps, guidance, rounded, shift
         self.device, self.dtype = network.enter.weight.device, network.enter.weight.dtype
         self.token_grid = (decoder.size[0] // token, decoder.size[1] // token)
-        self.latent_shape = (self.config.channels, decoder.size[0] // PIXELS, decoder.size[1] // PIXELS)
+        self.latent_shape = (self.config.channels, decoder.size[0] // pixels, decoder.size[1] // pixels)
         self.intrinsics = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]])
         self._table, self._grid = network.ray_table(*decoder.size), retrieval.frustum()
         self._tokens = self.token_grid[0] * self.token_grid[1]
@@ -140,7 +139,7 @@ class MatrixGame3:
     def quantised(self, scheme: Scheme) -> MatrixGame3:
         """See `Quantises.quantised`: the transformer's blocks."""
         network = quantised(self.network, scheme)
-        return MatrixGame3(network, self.decoder, self.storage, self.steps, self.guidance, self.rounded)
+        return MatrixGame3(network, self.decoder, self.storage, self.steps, self.guidance, self.rounded, self.shift)
 
     def chunk(self, k: int) -> ChunkShape:
         """57 frames of 15 latents, the image's first; then 40 of 10, which go on from 4 and see 5 remembered ones."""
@@ -149,10 +148,10 @@ class MatrixGame3:
         return ChunkShape(NEW, NEW * FRAMES, clean=PAST, memory=MEMORY)
 
     def sampler(self, steps: int | None = None, shift: float | None = None) -> SamplerSpec:
-        """UniPC on a schedule shifted by 5."""
+        """UniPC on a shifted schedule."""
         steps = self.steps if steps is None else steps
         integer_from("steps", steps, 1)
-        sigmas = shifted_sigmas(steps, SHIFT if shift is None else shift, HIGHEST)
+        sigmas = shifted_sigmas(steps, self.shift if shift is None else shift, HIGHEST)
         return SamplerSpec(sigmas, "unipc", self.storage, self.guidance)
 
     def navigator(self, settings: ControlSettings) -> Walker:
@@ -308,16 +307,7 @@ class MatrixGame3:
         if len(c.past_actions) == count and c.actions:
             told = numbers([*c.past_actions, *c.actions], CONTROLS)
             return told[0][None].expand(len(c.cameras), -1, -1), told[1][None].expand(len(c.cameras), -1, -1)
-        made = list[tuple[Tensor, Tensor]]()
-        for latents, frames in zip(c.cameras, c.frame_cameras, strict=True):
-            past = latents[: count // FRAMES]
-            between = [camera.between(a, b, FRAMES) for a, b in pairwise(past)]
-            path = torch.cat([past[:1].repeat(FRAMES if count else 0, 1, 1), *between, frames, frames[-1:]])
-            keys, mouse = guessed(path, CONTROLS)
-            if len(frames) > 1:  # where the last frame leads is not known: on, as before
-                keys[-1], mouse[-1] = keys[-2], mouse[-2]
-            made.append((keys, mouse))
-        return torch.stack([k for k, _ in made]), torch.stack([m for _, m in made])
+        return followed(c.cameras[:, : count // FRAMES], c.frame_cameras, CONTROLS)
 
 
 def _checked(context: Context) -> MG3Context:

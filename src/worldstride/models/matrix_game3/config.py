@@ -10,7 +10,6 @@ from worldstride.errors import InputError, integer_from, number_in
 PATCH = 2
 """Rows and columns of a latent that make one token."""
 PIXELS = 16
-"""Pixels of a latent pixel's height and width."""
 KEYS, MOUSE = 6, 2
 """Numbers that the keyboard and the mouse give a frame."""
 FRAMES = 4
@@ -25,6 +24,8 @@ class MG3Config:
 
     channels: int = 48
     """Channels of a latent."""
+    pixels: int = 16
+    """Pixels of a latent pixel's height and width."""
     width: int = 3072
     """Channels of a token."""
     heads: int = 24
@@ -57,8 +58,8 @@ class MG3Config:
     """Of norms."""
 
     def __post_init__(self) -> None:
-        whole = ("channels", "width", "heads", "depth", "hidden", "frequencies", "text", "rows", "action_width")
-        for name in (*whole, "action_heads", "key_width", "turned"):
+        whole = ("channels", "pixels", "width", "heads", "depth", "hidden", "frequencies", "text", "rows")
+        for name in (*whole, "action_width", "action_heads", "key_width", "turned"):
             integer_from(name, getattr(self, name), 1)
         for name in ("theta", "action_theta", "eps"):
             number_in(name, getattr(self, name), 0, math.inf, open_low=True)
@@ -86,6 +87,11 @@ class MG3Config:
         return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
     @property
+    def side(self) -> int:
+        """Pixels of a token's height and width."""
+        return self.pixels * PATCH
+
+    @property
     def camera(self) -> int:
         """Numbers that tell a token the rays of its pixels: origins and directions."""
-        return 6 * (PIXELS * PATCH) ** 2
+        return 6 * self.side**2

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldstride import camera
 from worldstride.control import Action, ControlSettings, motion
-from worldstride.models.matrix_game3.config import KEYS, MOUSE
+from worldstride.models.matrix_game3.config import FRAMES, KEYS, MOUSE
 
 STEP = 0.1235
 """Metres walked in a frame."""
@@ -82,14 +82,29 @@ class Walker:
 
 
 def guessed(cameras: Tensor, settings: ControlSettings) -> tuple[Tensor, Tensor]:
-    """Keyboard [F, 6] and mouse [F, 2] that lead along cameras [F + 1, 4, 4], each to the next, as near as keys can."""
-    keys, mouse = torch.zeros(len(cameras) - 1, KEYS), torch.zeros(len(cameras) - 1, MOUSE)
-    for i, (here, there) in enumerate(pairwise(cameras.double())):
-        (_, _, yaw, pitch), (_, _, new_yaw, new_pitch) = (camera.pose_from_camera(c) for c in (here, there))
-        turn = torch.remainder(new_yaw - yaw + math.pi, 2 * math.pi) - math.pi
-        mouse[i] = torch.stack([pitch - new_pitch, turn]).rad2deg() / TURN
-        way, moved = yaw + turn / 2, there[:3, 3] - here[:3, 3]
-        forward, strafe = (moved[0] * way.sin() + moved[2] * way.cos(), moved[0] * way.cos() - moved[2] * way.sin())
-        for j, far in enumerate((forward, -forward, -strafe, strafe)):
-            keys[i, j] = float(far > settings.speed / 3)
+    """Keyboard [..., F, 6] and mouse [..., F, 2] that lead along cameras [..., F + 1, 4, 4], each to the next, as near
+    as keys can."""
+    pose = camera.pose_from_camera(cameras.double())
+    yaw, (dx, dz, turn, tilt) = pose[..., :-1, 2], pose.diff(dim=-2).unbind(-1)
+    turn = torch.remainder(turn + math.pi, 2 * math.pi) - math.pi
+    mouse = torch.stack([-tilt, turn], -1).rad2deg() / TURN
+    way = yaw + turn / 2
+    forward, strafe = dx * way.sin() + dz * way.cos(), dx * way.cos() - dz * way.sin()
+    pressed = torch.stack([forward, -forward, -strafe, strafe], -1) > settings.speed / 3
+    return F.pad(pressed.float(), (0, KEYS - 4)), mouse.float()
+
+
+def followed(latents: Tensor, frames: Tensor, settings: ControlSettings) -> tuple[Tensor, Tensor]:
+    """Keyboard [B, F, 6] and mouse [B, F, 2] of a window's frames, of which nothing but cameras is known.
+
+    Past latents [B, n, 4, 4] have one camera each, at their last frame, and eyes go straight between them; `frames`
+    [B, F, 4, 4] are the new ones'.
+    """
+    still = latents[:, :1].expand(-1, FRAMES * min(1, latents.shape[1]), -1, -1)
+    shares = [(i + 1) / FRAMES for i in range(FRAMES)]
+    between = [camera.toward(latents[:, :-1], latents[:, 1:], share) for share in shares[:-1]]
+    past = torch.stack([*between, latents[:, 1:]], 2).flatten(1, 2)
+    keys, mouse = guessed(torch.cat([still, past, frames, frames[:, -1:]], 1), settings)
+    if frames.shape[1] > 1:  # where the last frame leads is not known: on, as before
+        keys[:, -1], mouse[:, -1] = keys[:, -2], mouse[:, -2]
     return keys, mouse

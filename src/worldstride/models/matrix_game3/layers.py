@@ -21,28 +21,26 @@ Rows = tuple[Tensor, ...]
 
 
 class Places(NamedTuple):
-    """Cosines and sines [heads, N, head_dim / 2] of tokens' rotary angles: every head has frequencies of its own."""
+    """Cosines and sines [..., heads, N, head_dim / 2] of tokens' rotary angles: every head has its own frequencies."""
 
     cos: Tensor
     sin: Tensor
 
 
 def places(config: MG3Config, latents: Tensor, rows: int, columns: int) -> Places:
-    """Of latents at places in time [T] and their tokens on a grid, on the device of `latents`."""
-    device = latents.device
-    grid = torch.meshgrid(
-        latents.double(), torch.arange(rows, device=device).double(), torch.arange(columns, device=device).double(),
-        indexing="ij",
-    )  # fmt: skip
+    """Of latents at places in time [..., T] and their tokens on a grid, on the device of `latents`."""
+    across, down = (torch.arange(n, device=latents.device).double() for n in (columns, rows))
+    axes = latents.double()[..., None, None], down[:, None], across
+    grid = torch.broadcast_tensors(*axes)  # [..., T, rows, columns] each
     heads = list[Tensor]()
     for share in torch.linspace(-1, 1, config.heads, dtype=torch.float64).tolist():
         theta = config.theta * (1 + config.spread * share)
         parts = [
-            rope.angles(axis.flatten(), [theta ** (-j / pairs) for j in range(pairs)])
+            rope.angles(axis.flatten(-3), [theta ** (-j / pairs) for j in range(pairs)])
             for axis, pairs in zip(grid, config.rope, strict=True)
         ]
         heads.append(torch.cat(parts, -1))
-    turned = torch.stack(heads)
+    turned = torch.stack(heads, -3)
     return Places(turned.cos().float(), turned.sin().float())
 
 

@@ -19,7 +19,7 @@ from worldstride.attention.streams import KeysValues
 from worldstride.errors import InputError
 from worldstride.models.compiled import compiled
 from worldstride.models.layers import Embedder, modulated
-from worldstride.models.matrix_game3.config import PATCH, PIXELS, SEEN, MG3Config
+from worldstride.models.matrix_game3.config import PATCH, SEEN, MG3Config
 from worldstride.models.matrix_game3.layers import Block, Places, answered, looked, places
 from worldstride.models.matrix_game3.rays import RayTable
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE, Times, Told, grouped
@@ -147,7 +147,7 @@ class MG3Network(nn.Module):
 
         Args:
             cameras: `rays.recalled` and `rays.stepwise` ones [B, T, 4, 4].
-            numbers: places in time [T], remembered latents' own.
+            numbers: places in time [T], remembered latents' own; [B, T] where worlds have different ones.
             keys: keyboard of the window's frames [B, F, 6].
             mouse: likewise [B, F, 2].
             table: of `ray_table`.
@@ -159,7 +159,7 @@ class MG3Network(nn.Module):
         see = shown(keys.to(weight), mouse.to(weight), memory, window)
         times = Times.of(self.config, [*range(memory), *range(window)], weight.device)
         steering = (block.steering for block in self._blocks())
-        rows, columns = (n // (PATCH * PIXELS) for n in table.size)
+        rows, columns = (n // self.config.side for n in table.size)
         return Prepared(
             memory, places(self.config, numbers, rows, columns), tuple(block.camera(p) for block in self._blocks()),
             tuple(None if s is None else s.told(see[0], see[1], times) for s in steering), times,

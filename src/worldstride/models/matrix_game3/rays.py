@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from worldstride import camera
-from worldstride.models.matrix_game3.config import PATCH, PIXELS
-
-SIDE = PIXELS * PATCH
-"""Pixels of a token's height and width."""
+from worldstride.models.matrix_game3.config import PATCH, MG3Config
 
 
 def stepwise(cameras: Tensor) -> Tensor:
@@ -44,27 +41,29 @@ def _scaled(cameras: Tensor, unit: Tensor) -> Tensor:
     return made
 
 
-def local_rays(height: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def local_rays(
+    height: int, width: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+) -> Tensor:
     """Unit directions [height, width, 3] through pixel centres of a camera with 90 degrees on both axes."""
     intrinsics = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]], dtype=dtype)
-    return camera.rays(torch.eye(4, dtype=dtype), intrinsics, height, width)
+    return camera.rays(torch.eye(4, dtype=dtype, device=device), intrinsics, height, width)
 
 
-def told(cameras: Tensor, height: int, width: int) -> Tensor:
+def told(cameras: Tensor, height: int, width: int, pixels: int = MG3Config.pixels) -> Tensor:
     """What tokens are told [..., tokens, 6144] of cameras [..., 4, 4] whose frames are height x width.
 
-    The plain form: numbers come by origin and direction (6), latent pixel's row and column (16, 16), and row and column
-    of the latent pixel in the token (2, 2).
+    The plain form: numbers come by origin and direction (6), row and column in a latent pixel (16, 16), and row and
+    column of the latent pixel in the token (2, 2). Another number of `pixels` stands for the 16.
     """
     local = local_rays(height, width, cameras.dtype).to(cameras.device)
     directions = torch.einsum("...ij,hwj->...hwi", cameras[..., :3, :3], local)
     origins = cameras[..., None, None, :3, 3].expand_as(directions)
-    return _by_token(torch.cat([origins, directions], -1))
+    return _by_token(torch.cat([origins, directions], -1), pixels)
 
 
-def _by_token(rays: Tensor) -> Tensor:
+def _by_token(rays: Tensor, pixels: int = MG3Config.pixels) -> Tensor:
     """[..., height, width, C] -> [..., tokens, C * 16 * 16 * 2 * 2]"""
-    tiles = rays.unflatten(-2, (-1, PATCH, PIXELS)).unflatten(-5, (-1, PATCH, PIXELS))  # [..., h, 2, 16, w, 2, 16, C]
+    tiles = rays.unflatten(-2, (-1, PATCH, pixels)).unflatten(-5, (-1, PATCH, pixels))  # [..., h, 2, 16, w, 2, 16, C]
     order = (0, 3, 6, 2, 5, 1, 4)
     lead = tiles.ndim - len(order)
     tiles = tiles.permute(*range(lead), *(lead + i for i in order))  # [..., h, w, C, 16, 16, 2, 2]
@@ -86,8 +85,10 @@ class RayTable(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor, height: int, width: int) -> RayTable:
         """From the linear layer [out, 6144] and [out] that takes rays to tokens."""
+        pixels = math.isqrt(weight.shape[1] // 6) // PATCH
         parts = weight.double().unflatten(1, (6, -1))  # [out, 6, 1024]
-        rays = _by_token(local_rays(height, width).to(weight.device)[..., None, :].movedim(-1, 0))  # [3, tokens, 1024]
+        local = local_rays(height, width, device=weight.device)
+        rays = _by_token(local[..., None, :].movedim(-1, 0), pixels)  # [3, tokens, 1024]
         table = torch.einsum("oip,jnp->ijno", parts[:, 3:], rays).flatten(0, 1)
         return cls(parts[:, :3].sum(-1).T.to(weight), table.to(weight), bias, (height, width))
 

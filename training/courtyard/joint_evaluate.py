@@ -1,0 +1,246 @@
+"""What approximations cost the small joint model: held-out worlds against the true renderer, and against full compute.
+
+`python training/courtyard/joint_evaluate.py --weights OUT --accelerations off fewer.toml --out result.json`. Every arm
+plays the same worlds with the same cameras and noise, in closed loop and with the truth put in place of every chunk.
+Worlds are shared out among processes, `--at-once` of them a GPU.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+import tyro
+from jobs import Job, run_jobs, visible_gpus
+from joint_courtyard import JointCourtyard, prompt, read_engine
+from origin import commit
+
+from worldstride.acceleration import Acceleration, resolve
+from worldstride.bench.environment import environment
+from worldstride.bench.quality import Table, score, summarise
+from worldstride.bench.results import make_folder, write_json
+from worldstride.bench.rollout import summary
+from worldstride.bench.trials import Mode, NoiseBank, noise_seed
+from worldstride.bench.walks import CLASSES, FIRST_SEED, HeldOutWorld, Trajectory, held_out_world
+from worldstride.engine import Engine, pick_device, pick_dtype
+from worldstride.errors import InputError
+from worldstride.levers import levers
+from worldstride.models.matrix_game3.adapter import MEMORY, NEW, PAST
+from worldstride.models.matrix_game3.config import FRAMES
+from worldstride.protocol import ChunkShape
+from worldstride.report import ChunkReport
+from worldstride.session import step_together
+
+FORMAT = "worldstride-joint-courtyard"
+LATER = ChunkShape(NEW, NEW * FRAMES, clean=PAST, memory=MEMORY)
+"""Chunks but a world's first."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+SEEDS = (1, 2)
+"""Noise seeds: the energy score takes two samples."""
+WALKS: tuple[Trajectory, ...] = ("out and back", "walk")
+"""Kinds of trajectory, which take turns."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to play."""
+
+    weights: Path
+    """Folder that joint_train.py wrote."""
+    accelerations: tuple[str, ...] = ("off",)
+    """Presets and .toml files; full compute is played in any case."""
+    out: Path = Path("out/joint_evaluation.json")
+    worlds: int = 16
+    chunks: int = 5
+    """Of each world: 57 frames, then 40 a chunk."""
+    family: str = "courtyard"
+    device: str | None = None
+    at_once: int = 3
+    """Processes that share a GPU, or the CPU."""
+    part: int | None = None
+    """Play this part of the worlds alone and write what came of it to `out`; set by the script itself."""
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Played:
+    """One arm in one world and mode."""
+
+    table: Table
+    reports: list[list[ChunkReport]]
+    """One list a noise seed."""
+
+
+Results = dict[tuple[str, Mode], dict[int, Played]]
+"""Name of an arm and mode -> number of a world -> what came of it."""
+
+
+def arms_of(names: Sequence[str]) -> list[Acceleration]:
+    """Settings by name, full compute first; `InputError` where two have one name."""
+    off = resolve("off")
+    arms = [off, *(a for a in map(resolve, names) if a != off)]
+    if len({a.name for a in arms}) != len(arms):
+        raise InputError(f"accelerations need names of their own, got {', '.join(a.name for a in arms)}")
+    return arms
+
+
+def held_out(engine: Engine, s: Settings, number: int) -> HeldOutWorld:
+    """A world with its truth; of its first chunk one frame is given, later ones go on from four latents."""
+    shapes = [engine.model.chunk(k) for k in range(s.chunks)]
+    frames = [shape.frames - (k == 0) for k, shape in enumerate(shapes)]
+    recent = [FRAMES * shape.clean or 1 for shape in shapes]
+    walk, side = WALKS[number % len(WALKS)], engine.frame_size[0]
+    return held_out_world(s.family, FIRST_SEED + number, walk, 1, frames, recent, side, engine.device)
+
+
+def play(
+    engine: Engine, world: HeldOutWorld, settings: Acceleration, chunks: int, noise: NoiseBank
+) -> dict[Mode, tuple[np.ndarray, list[list[ChunkReport]]]]:
+    """Frames uint8 [seeds, C, H, W, 3] after the given one, and reports, of both modes.
+
+    Modes and seeds share cameras, and so what is brought back: they are stepped as one batch. Where what frames show
+    decides, they must not decide for each other.
+    """
+    size, rolls = engine.model.latent_shape, [(mode, seed) for mode in MODES for seed in SEEDS]
+    begun = engine.open(world.frames[:1], world.cameras[:1], prompt(_model(engine).config), seed=world.seed)
+    begun.acceleration = settings
+    sessions = [begun.fork(noise_seed(world, seed)) for _, seed in rolls]
+    shown: list[list[np.ndarray]] = [[] for _ in rolls]
+    reports: list[list[ChunkReport]] = [[] for _ in rolls]
+    at, alone = 0, settings.adaptive is not None or settings.temporal is not None
+    for k in range(chunks):
+        shape = engine.model.chunk(k)
+        ahead = slice(at, at + shape.frames)
+        drawn = [
+            noise.draw(noise_seed(world, seed), k, (shape.clean + shape.new, *size), engine.device) for _, seed in rolls
+        ]
+        cameras = [world.cameras[ahead]] * len(rolls)
+        for i, made in enumerate(step_together(sessions, cameras, noise=drawn, limit=1 if alone else None)):
+            shown[i].append(made.frames)
+            reports[i].append(made.report)
+            if rolls[i][0] == "forced":
+                sessions[i].correct(world.frames[ahead])
+        at += shape.frames
+    out: dict[Mode, tuple[np.ndarray, list[list[ChunkReport]]]] = {}
+    for mode in MODES:
+        mine = [i for i, (of, _) in enumerate(rolls) if of == mode]
+        out[mode] = np.stack([np.concatenate(shown[i])[1:] for i in mine]), [reports[i] for i in mine]
+    return out
+
+
+def _model(engine: Engine) -> JointCourtyard:
+    if not isinstance(engine.model, JointCourtyard):
+        raise TypeError(f"expected the small joint model, got {type(engine.model).__name__}")
+    return engine.model
+
+
+def played(s: Settings, arms: Sequence[Acceleration], numbers: Sequence[int]) -> Results:
+    """All arms in some worlds."""
+    device = pick_device(s.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
+    engine, results = read_engine(s.weights, device, pick_dtype(device)), Results()
+    side = _model(engine).config.side
+    for number in numbers:
+        world, noise, full = held_out(engine, s, number), NoiseBank(), dict[Mode, np.ndarray]()
+        for arm in arms:
+            for mode, (frames, reports) in play(engine, world, arm, s.chunks, noise).items():
+                table = score(frames, full.setdefault(mode, frames), world, (side, side), device)
+                results.setdefault((arm.name, mode), {})[number] = Played(table, reports)
+        print(f"world {number}", flush=True)
+    return results
+
+
+def shared(s: Settings, arms: Sequence[Acceleration]) -> Results:
+    """All arms in all worlds, by as many processes as there is room for."""
+    parts = min(s.worlds, max(1, len(visible_gpus())) * s.at_once)
+    if parts == 1:
+        return played(s, arms, range(s.worlds))
+    results = Results()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{part}.pt" for part in range(parts)]
+        jobs = [Job(str(i), _command(s, i, parts, file), file.with_suffix(".log")) for i, file in enumerate(files)]
+        codes = run_jobs(jobs, s.at_once)
+        for (name, code), job in zip(sorted(codes.items()), sorted(jobs, key=lambda j: j.name), strict=True):
+            if code and job.log is not None:
+                raise SystemExit(f"part {name} failed:\n{job.log.read_text()}")
+        for file in files:
+            for key, tables in torch.load(file, weights_only=False).items():
+                results.setdefault(key, {}).update(tables)
+    return {(a.name, mode): dict(sorted(results[a.name, mode].items())) for a in arms for mode in MODES}
+
+
+def _command(s: Settings, part: int, parts: int, out: Path) -> tuple[str, ...]:
+    chosen = {
+        "--weights": s.weights, "--worlds": s.worlds, "--chunks": s.chunks, "--family": s.family, "--part": part,
+        "--parts": parts, "--out": out, **({} if s.device is None else {"--device": s.device}),
+    }  # fmt: skip
+    return (
+        sys.executable, __file__, *(str(word) for pair in chosen.items() for word in pair), "--accelerations",
+        *s.accelerations,
+    )  # fmt: skip
+
+
+def rows(results: Results, arms: Sequence[Acceleration]) -> list[dict[str, object]]:
+    """One row of the table for every arm: quality in both modes, and what its levers did."""
+    made = list[dict[str, object]]()
+    for arm in arms:
+        scores = dict[str, object]()
+        for mode in MODES:
+            mine, full = results[arm.name, mode], results[arms[0].name, mode]
+            scores[mode] = summarise([p.table for p in mine.values()], [full[n].table for n in mine])
+        reports = [r for mode in MODES for p in results[arm.name, mode].values() for each in p.reports for r in each]
+        spent = summary(reports)
+        kept = ("evaluations_per_chunk", "attended_per_chunk", "context_latents", "density", "gigaflops_per_chunk")
+        did = [lever.to_json() for lever in levers(arm, LATER, reports)]
+        made.append(
+            {
+                "name": arm.name, "acceleration": arm.to_json(), "worlds": len(results[arm.name, MODES[0]]),
+                "scores": scores, **{name: spent[name] for name in kept}, "levers": did,
+            }
+        )  # fmt: skip
+    return made
+
+
+def table(found: Sequence[dict[str, object]]) -> str:
+    """Rows as text: energy score (lower is better) by class of pixels, PSNR, and what is lost against full compute."""
+    classes = ("all", *CLASSES)
+    lines = list[str]()
+    for mode in MODES:
+        head = "".join(f"{name:>11}" for name in (*classes, "psnr", "psnr full", "loss %", "evals", "memory"))
+        lines.append(f"{mode:<28}{head}")
+        for row in found:
+            scores = row["scores"][mode]
+            values = [1000 * scores["energy"][c]["mean"] for c in classes]
+            values += [scores[m]["all"]["mean"] for m in ("psnr", "psnr_full", "loss")]
+            values += [row["evaluations_per_chunk"], row["context_latents"]]
+            lines.append(f"{row['name']:<28}" + "".join(f"{v:11.2f}" for v in values))
+    return "\n".join([*lines, "energy scores in thousandths"])
+
+
+def main() -> None:
+    """Command line."""
+    s = tyro.cli(Settings, description=__doc__)
+    if s.worlds < 1 or s.chunks < 1 or s.at_once < 1:
+        raise InputError(f"worlds, chunks and at-once must be at least 1, got {s.worlds}, {s.chunks}, {s.at_once}")
+    arms = arms_of(s.accelerations)
+    if s.part is not None:
+        torch.set_num_threads(min(4, torch.get_num_threads()))  # others work beside this one
+        torch.save(played(s, arms, range(s.part, s.worlds, s.parts)), s.out)
+        return
+    make_folder(s.out.parent)
+    found, device = rows(shared(s, arms), arms), pick_device(s.device)
+    facts = environment(device, "python training/courtyard/joint_evaluate.py " + shlex.join(sys.argv[1:]))
+    setting = {"family": s.family, "worlds": s.worlds, "chunks": s.chunks, "walks": WALKS, "seeds": SEEDS}
+    write_json(s.out, {"format": FORMAT, **facts, "commit": commit(), **setting, "rows": found})
+    print(table(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
