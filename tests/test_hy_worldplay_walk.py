@@ -342,6 +342,22 @@ def test_the_command_plays_walks_ahead(tmp_path: Path, monkeypatch: pytest.Monke
         Bench("rollout", "hy_worldplay", ahead=("off",)).run("bench rollout")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/levers").glob("hy-*.toml")), ids=lambda f: f.stem)
+def test_what_stops_a_run_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(EngineOptions, "load", lambda self, name: engine(model()))
+    out, play = tmp_path / "walk.json", walked
+
+    def stopping(way: Way, *rest: Any, **more: Any) -> dict[str, object]:
+        if way.name == "hy-known":
+            raise KeyboardInterrupt
+        return play(way, *rest, **more)
+
+    monkeypatch.setattr("worldstride.commands.bench.walked", stopping)
+    names = ("off", str(ROOT / "benchmarks/levers/hy-known.toml"))
+    with pytest.raises(KeyboardInterrupt):
+        Bench("walk", "hy_worldplay", 2, 0, names, out=out).run("bench walk")
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["off"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/levers").glob("[hm][yg]*-*.toml")), ids=lambda f: f.stem)
 def test_settings_that_were_measured_can_be_read(file: Path):
     assert resolve(file).name == file.stem

@@ -113,16 +113,19 @@ class Bench:
         engine = self.engine.load(self.model)
         stepped, begun, rows = ways(engine, self.accelerations), ways(engine, self.ahead), list[dict[str, Any]]()
         chosen = [(way, False) for way in stepped] + [(way, True) for way in begun]
+        result: dict[str, Any] = {
+            "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
+            "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "warmup": self.warmup,
+            "plan": None if plan is None else asdict(plan),
+            "parameter_bytes": sum(p.numel() * p.element_size() for p in _parameters(engine)), "rows": rows,
+        }  # fmt: skip
         with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
             for way, ahead in chosen:
                 rows.append(walked(way, self.chunks, self.warmup, plan, advance=bar.update, ahead=ahead))
                 bar.write(f"{rows[-1]['name']}: {rows[-1]['seconds']['total']:.2f} s")
-        parameters = sum(p.numel() * p.element_size() for p in _parameters(engine))
-        return {
-            "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
-            "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "warmup": self.warmup,
-            "plan": None if plan is None else asdict(plan), "parameter_bytes": parameters, "rows": rows,
-        }  # fmt: skip
+                if self.out is not None:  # what stops a long run must not take what is measured with it
+                    write_json(self.out, result)
+        return result
 
 
 def _parameters(engine: Engine) -> list[torch.Tensor]:
