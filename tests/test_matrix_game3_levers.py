@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import hy_golden
 from hy_variants import latents
 from mg3_golden import CHUNKS, actions, begin, engine, model, noise
 from worldstride import Acceleration, Action, Session
 from worldstride.acceleration import FrozenContext
 from worldstride.attention import Selection, SparseAttend, Sparsity
+from worldstride.bench.walk import walked as whole_walk
+from worldstride.bench.walk import ways
 from worldstride.context.policy import SpatialMemory
 from worldstride.denoising.policy import StepCache
 from worldstride.errors import InputError
@@ -20,6 +24,7 @@ from worldstride.levers import levers
 from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
 from worldstride.report import ChunkReport
 
+LEVERS = Path(__file__).parents[1] / "benchmarks" / "levers"
 FORWARD, BACK, STILL = Action({"KeyW"}), Action({"KeyS"}), Action()
 
 
@@ -196,3 +201,22 @@ def test_blocks_end_where_segments_do():
     attend = SparseAttend(lambda *_, **__: torch.zeros(0), sparse(0.5), (2, 3), (0, 3, 0, 4, 10))  # type: ignore[arg-type]
     for frames, ends in ((17, {18, 42, 102}), (7, {18, 42})):
         assert ends <= set(attend.layout(frames, torch.device("cpu")).starts.tolist())
+
+
+def test_settings_for_this_model_pull_all_their_levers():
+    """Out and back: no memory ahead, merged slots, and an evaluation spared, on the way back."""
+    fast, light = ways(engine(), [str(LEVERS / "mg3-fast.toml"), str(LEVERS / "mg3-balanced.toml+int8")])
+    row: Any = whole_walk(fast, 8, 0)
+    fired = {lever for e in row["each"] for lever in e["levers"]}
+    assert fired >= {"frozen", "merged", "spatial", "cache"}
+    assert {e["evaluations"] for e in row["each"]} == {2, 3}
+    assert min(e["context_latents"] for e in row["each"][1:]) == 0
+    assert (light.name, light.start().source.quantised) == ("mg3-balanced, int8", "int8")
+    assert len(whole_walk(light, 2, 0)["each"]) == 2  # type: ignore[arg-type]
+
+
+def test_only_what_can_be_quantised_is():
+    played = engine()
+    played.model = hy_golden.model()
+    with pytest.raises(InputError, match=r"'hy_worldplay' cannot be quantised; leave out \+int8 of 'off\+int8'"):
+        ways(played, ["off+int8"])

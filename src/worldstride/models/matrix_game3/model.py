@@ -20,7 +20,7 @@ from worldstride.errors import InputError
 from worldstride.models.compiled import compiled
 from worldstride.models.layers import Embedder, modulated
 from worldstride.models.matrix_game3.config import PATCH, SEEN, MG3Config
-from worldstride.models.matrix_game3.layers import Block, Places, answered, looked, places
+from worldstride.models.matrix_game3.layers import Block, Camera, Places, answered, looked, places
 from worldstride.models.matrix_game3.rays import RayTable
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE, Times, Told, grouped
 
@@ -106,12 +106,14 @@ class MG3Network(nn.Module):
         self.begin, self.ask, self.steer = Block.begin, Block.ask, Block.steer
         self.press: Callable[..., tuple[Tensor, Tensor]] = Block.press
         self.end: Callable[..., Tensor] = Block.end
-        """What computes a block around its attentions; compiled functions may stand in for them."""
+        self.look: Callable[..., tuple[Tensor, Tensor]] = Camera.forward
+        """What computes a block around its attentions, and what cameras do to it; compiled functions may stand in for
+        them."""
 
     def compile_passes(self) -> None:
         """Have torch compile what stands around attention, for the two numbers of tokens that chunks have."""
-        self.begin, self.ask, self.steer, self.press, self.end = map(
-            compiled, (Block.begin, Block.ask, Block.steer, Block.press, Block.end)
+        self.begin, self.ask, self.steer, self.press, self.end, self.look = map(
+            compiled, (Block.begin, Block.ask, Block.steer, Block.press, Block.end, Camera.forward)
         )
 
     def text(self, states: Tensor) -> Text:
@@ -160,8 +162,9 @@ class MG3Network(nn.Module):
         times = Times.of(self.config, [*range(memory), *range(window)], weight.device)
         steering = (block.steering for block in self._blocks())
         rows, columns = (n // self.config.side for n in table.size)
+        seen = tuple(self.look(block.camera, p) for block in self._blocks())
         return Prepared(
-            memory, places(self.config, numbers, rows, columns), tuple(block.camera(p) for block in self._blocks()),
+            memory, places(self.config, numbers, rows, columns), seen,
             tuple(None if s is None else s.told(see[0], see[1], times) for s in steering), times,
         )  # fmt: skip
 
