@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from worldstride.bench.environment import environment
 from worldstride.bench.results import plain, quantile, write_json
 from worldstride.bench.rollout import STAGES, Share, measure
 from worldstride.cli import main
+from worldstride.commands.bench import _bound
 from worldstride.errors import InputError
 from worldstride.models.wan import umt5
 
@@ -79,6 +81,20 @@ def test_bench_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None
     assert "--threads must be at least 1, got 0" in capsys.readouterr().err
     assert main(["bench", "rollout", "courtyard", "--weights", "random", "--accelerations", "warp"]) == 2
     assert "unknown acceleration 'warp'" in capsys.readouterr().err
+
+
+def test_memory_is_bounded_as_on_a_smaller_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["bench", "rollout", "courtyard", "--device", "cpu", "--gigabytes", "24"]) == 2
+    assert "--gigabytes bounds a GPU's memory, and this runs on cpu" in capsys.readouterr().err
+    asked = list[float]()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=48e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: asked.append(share))
+    _bound(torch.device("cuda"), 24)
+    assert asked == [0.5]
+    with pytest.raises(InputError, match=r"must be above 0 and at most 48\.0, got 80"):
+        _bound(torch.device("cuda"), 80)
 
 
 def test_an_encoder_is_held_where_umt5_encodes(

@@ -18,7 +18,7 @@ from worldstride.bench.rollout import RANDOM_WEIGHTS_NOTE, STAGES, measure, peak
 from worldstride.bench.walk import out_and_back, walked, ways
 from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, OptionalPath
 from worldstride.commands.table import table
-from worldstride.engine import Engine
+from worldstride.engine import Engine, pick_device
 from worldstride.errors import InputError
 from worldstride.models.wan import umt5
 
@@ -49,6 +49,8 @@ class Bench:
     encoder: bool = False
     """For a rollout of a model whose text umT5 encodes: hold that encoder on the device meanwhile, at full size with
     random weights, so that peak memory counts it; needs transformers."""
+    gigabytes: Annotated[float | None, arg(metavar="GB")] = None
+    """Most memory of a GPU, in 10^9 bytes, that all of this may take, as on a smaller one; what does not fit fails."""
     threads: OptionalInt = None
     """CPU threads; without it torch's own choice."""
     out: OptionalPath = None
@@ -68,6 +70,8 @@ class Bench:
         plan = None if self.plan is None else read_plan(self.plan)
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads must be at least 1, got {self.threads}")
+        if self.gigabytes is not None:
+            _bound(pick_device(self.engine.device), self.gigabytes)
         before = torch.get_num_threads()
         try:
             if self.threads is not None:
@@ -95,6 +99,7 @@ class Bench:
             "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "",
             "warmup": self.warmup,
+            "gigabytes": self.gigabytes,
             "encoder_bytes": 0 if held is None else sum(p.numel() * p.element_size() for p in held.parameters()),
             "rows": rows,
             "peak_memory_bytes": peak_memory(),
@@ -126,6 +131,16 @@ class Bench:
                 if self.out is not None:  # what stops a long run must not take what is measured with it
                     write_json(self.out, result)
         return result
+
+
+def _bound(device: torch.device, gigabytes: float) -> None:
+    """Let this process take so much of a GPU's memory and no more; `InputError` on a CPU, and on more than there is."""
+    if device.type != "cuda":
+        raise InputError(f"--gigabytes bounds a GPU's memory, and this runs on {device}")
+    there = torch.cuda.get_device_properties(device).total_memory
+    if not 0 < gigabytes * 1e9 <= there:
+        raise InputError(f"--gigabytes must be above 0 and at most {there / 1e9:.1f}, got {gigabytes:g}")
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / there, device)
 
 
 def _parameters(engine: Engine) -> list[torch.Tensor]:
