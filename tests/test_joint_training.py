@@ -188,11 +188,14 @@ def test_arms_are_measured_against_full_compute_in_both_modes(training: SimpleNa
     (tmp_path / "two.toml").write_text("steps = 2\nmemory = 3\n")
     out = tmp_path / "result.json"
     given = ("--weights", smoke, "--worlds", "2", "--chunks", "2", "--at-once", "2", "--device", "cpu")
-    printed = run("joint_evaluate.py", *given, "--accelerations", "off", tmp_path / "two.toml", "--out", out)
+    arms = ("off", tmp_path / "two.toml", "off+int8")
+    printed = run("joint_evaluate.py", *given, "--accelerations", *arms, "--out", out)
     assert "psnr full" in printed
     facts = json.loads(out.read_text())
-    off, two = facts["rows"]
-    assert (off["name"], two["name"]) == ("off", "two")
+    off, two, eight = facts["rows"]
+    assert (off["name"], two["name"], eight["name"]) == ("off", "two", "off, int8")
+    assert (off["quantised"], eight["quantised"]) == (None, "int8")
+    assert off["recurring"] == {"since the last chunk": 0, "ever": 0}  # a first chunk has no context but its image
     assert (off["evaluations_per_chunk"], two["evaluations_per_chunk"]) == (8, 2)
     assert (off["context_latents"], two["context_latents"]) == (2.5, 1.5)  # a world's first chunk has none
     assert {lever["name"]: lever["fired"] for lever in two["levers"]} == {"steps": 16, "memory": 8}
@@ -202,8 +205,21 @@ def test_arms_are_measured_against_full_compute_in_both_modes(training: SimpleNa
         assert 0 < two["scores"][mode]["psnr_full"]["all"]["mean"] < 60
         assert {"all", "revisited", "recent", "novel"} <= off["scores"][mode]["energy"].keys()
     assert off["scores"]["closed"]["energy"] != off["scores"]["forced"]["energy"]
+    (tmp_path / "other.toml").write_text('name = "two"\nsteps = 3\n')
     with pytest.raises(ValueError, match="names of their own, got off, two, two"):
-        training.joint_evaluate.arms_of([str(tmp_path / "two.toml"), Acceleration("two", steps=3)])
+        training.joint_evaluate.arms_of([str(tmp_path / "two.toml"), str(tmp_path / "other.toml")])
+
+
+def test_latents_that_come_again_are_counted(training: SimpleNamespace):
+    """Chunks of 15, 10 and 10 latents: 13 was past in the second, 1 memory in it, 2 in the one before."""
+    memories = ((), (2, 2, 1), (1, 13, 2, 20), (2,))
+    after = (15, 25, 35, 45)
+    reports = [
+        SimpleNamespace(index=k, history_latents=after[k], context=SimpleNamespace(memory=memory))
+        for k, memory in enumerate(memories)
+    ]
+    assert training.joint_evaluate.recurring(reports) == (8, 4, 4)
+    assert training.joint_evaluate.recurring([*reports[:2], reports[3]]) == (4, 1, 1)
 
 
 def test_modes_and_seeds_share_a_batch(training: SimpleNamespace, smoke: Path):

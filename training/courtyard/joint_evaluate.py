@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from jobs import Job, run_jobs, visible_gpus
-from joint_courtyard import JointCourtyard, prompt, read_engine
+from joint_courtyard import JointCourtyard, joint_engine, prompt, read_engine
 from origin import commit
 
 from worldstride.acceleration import Acceleration, resolve
@@ -34,6 +34,7 @@ from worldstride.errors import InputError
 from worldstride.levers import levers
 from worldstride.models.matrix_game3.adapter import MEMORY, NEW, PAST
 from worldstride.models.matrix_game3.config import FRAMES
+from worldstride.models.quantised import SCHEMES, Scheme, quantised
 from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport
 from worldstride.session import step_together
@@ -42,6 +43,8 @@ FORMAT = "worldstride-joint-courtyard"
 LATER = ChunkShape(NEW, NEW * FRAMES, clean=PAST, memory=MEMORY)
 """Chunks but a world's first."""
 MODES: tuple[Mode, ...] = get_args(Mode)
+LEAST_WIDE = 256
+"""Rows and columns of layers that are put in 8 bits: of all the wide ones of this small model."""
 SEEDS = (1, 2)
 """Noise seeds: the energy score takes two samples."""
 WALKS: tuple[Trajectory, ...] = ("out and back", "walk")
@@ -55,7 +58,7 @@ class Settings:
     weights: Path
     """Folder that joint_train.py wrote."""
     accelerations: tuple[str, ...] = ("off",)
-    """Presets and .toml files; full compute is played in any case."""
+    """Presets and .toml files, also with weights in 8 bits ("off+int8"); full compute is played in any case."""
     out: Path = Path("out/joint_evaluation.json")
     worlds: int = 16
     chunks: int = 5
@@ -82,10 +85,27 @@ Results = dict[tuple[str, Mode], dict[int, Played]]
 """Name of an arm and mode -> number of a world -> what came of it."""
 
 
-def arms_of(names: Sequence[str]) -> list[Acceleration]:
-    """Settings by name, full compute first; `InputError` where two have one name."""
-    off = resolve("off")
-    arms = [off, *(a for a in map(resolve, names) if a != off)]
+@dataclass(frozen=True)
+class Arm:
+    """One thing to try: settings, and how weights are quantised."""
+
+    settings: Acceleration
+    scheme: Scheme | None = None
+
+    @property
+    def name(self) -> str:
+        """Name for tables."""
+        return self.settings.name if self.scheme is None else f"{self.settings.name}, {self.scheme}"
+
+
+def arms_of(names: Sequence[str]) -> list[Arm]:
+    """What to try by name, full compute first; `InputError` where two have one name."""
+    arms = [Arm(resolve("off"))]
+    for name in names:
+        plain, _, last = name.rpartition("+")
+        scheme = next((s for s in SCHEMES if plain and s == last), None)
+        arm = Arm(resolve(name if scheme is None else plain), scheme)
+        arms += [arm] if arm != arms[0] else []
     if len({a.name for a in arms}) != len(arms):
         raise InputError(f"accelerations need names of their own, got {', '.join(a.name for a in arms)}")
     return arms
@@ -141,23 +161,27 @@ def _model(engine: Engine) -> JointCourtyard:
     return engine.model
 
 
-def played(s: Settings, arms: Sequence[Acceleration], numbers: Sequence[int]) -> Results:
+def played(s: Settings, arms: Sequence[Arm], numbers: Sequence[int]) -> Results:
     """All arms in some worlds."""
     device = pick_device(s.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
     engine, results = read_engine(s.weights, device, pick_dtype(device)), Results()
     side = _model(engine).config.side
+    engines = {arm.scheme: engine for arm in arms if arm.scheme is None} | {
+        arm.scheme: joint_engine(quantised(_model(engine).network, arm.scheme, LEAST_WIDE), size=engine.frame_size[0])
+        for arm in arms if arm.scheme is not None
+    }  # fmt: skip
     for number in numbers:
         world, noise, full = held_out(engine, s, number), NoiseBank(), dict[Mode, np.ndarray]()
         for arm in arms:
-            for mode, (frames, reports) in play(engine, world, arm, s.chunks, noise).items():
+            for mode, (frames, reports) in play(engines[arm.scheme], world, arm.settings, s.chunks, noise).items():
                 table = score(frames, full.setdefault(mode, frames), world, (side, side), device)
                 results.setdefault((arm.name, mode), {})[number] = Played(table, reports)
         print(f"world {number}", flush=True)
     return results
 
 
-def shared(s: Settings, arms: Sequence[Acceleration]) -> Results:
+def shared(s: Settings, arms: Sequence[Arm]) -> Results:
     """All arms in all worlds, by as many processes as there is room for."""
     parts = min(s.worlds, max(1, len(visible_gpus())) * s.at_once)
     if parts == 1:
@@ -187,7 +211,7 @@ def _command(s: Settings, part: int, parts: int, out: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def rows(results: Results, arms: Sequence[Acceleration]) -> list[dict[str, object]]:
+def rows(results: Results, arms: Sequence[Arm]) -> list[dict[str, object]]:
     """One row of the table for every arm: quality in both modes, and what its levers did."""
     made = list[dict[str, object]]()
     for arm in arms:
@@ -198,14 +222,32 @@ def rows(results: Results, arms: Sequence[Acceleration]) -> list[dict[str, objec
         reports = [r for mode in MODES for p in results[arm.name, mode].values() for each in p.reports for r in each]
         spent = summary(reports)
         kept = ("evaluations_per_chunk", "attended_per_chunk", "context_latents", "density", "gigaflops_per_chunk")
-        did = [lever.to_json() for lever in levers(arm, LATER, reports)]
+        did = [lever.to_json() for lever in levers(arm.settings, LATER, reports)]
+        again = [recurring(each) for p in results[arm.name, MODES[0]].values() for each in p.reports]
         made.append(
             {
-                "name": arm.name, "acceleration": arm.to_json(), "worlds": len(results[arm.name, MODES[0]]),
+                "name": arm.name, "acceleration": arm.settings.to_json(), "quantised": arm.scheme,
+                "worlds": len(results[arm.name, MODES[0]]),
                 "scores": scores, **{name: spent[name] for name in kept}, "levers": did,
+                "recurring": {name: sum(a[i] for a in again) / max(sum(a[0] for a in again), 1)
+                              for i, name in ((1, "since the last chunk"), (2, "ever"))},
             }
         )  # fmt: skip
     return made
+
+
+def recurring(reports: Sequence[ChunkReport]) -> tuple[int, int, int]:
+    """Remembered latents of a world's chunks; those of them that the chunk before had as memory or past, and those that
+    any earlier chunk had: of these keys and values could have been kept."""
+    count, last, ever, before, known = 0, 0, 0, set[int](), set[int]()
+    for report in reports:
+        memory = list(report.context.memory)
+        count, last = count + len(memory), last + sum(m in before for m in memory)
+        ever += sum(m in known for m in memory)
+        made = report.history_latents - (NEW if report.index else report.history_latents)
+        before = {*memory, *range(max(0, made - PAST), made)}
+        known |= before
+    return count, last, ever
 
 
 def table(found: Sequence[dict[str, object]]) -> str:
