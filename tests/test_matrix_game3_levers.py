@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import hy_golden
+import worldstride
 from hy_variants import latents
-from mg3_golden import CHUNKS, actions, begin, engine, model, noise
+from mg3_golden import CHUNKS, actions, begin, case, engine, model, noise
 from worldstride import Acceleration, Action, Session
 from worldstride.acceleration import FrozenContext
 from worldstride.attention import Selection, SparseAttend, Sparsity
@@ -21,8 +22,10 @@ from worldstride.context.policy import SpatialMemory
 from worldstride.denoising.policy import StepCache
 from worldstride.errors import InputError
 from worldstride.levers import levers
+from worldstride.models import quantised
 from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
 from worldstride.report import ChunkReport
+from worldstride.session import step_together
 
 LEVERS = Path(__file__).parents[1] / "benchmarks" / "levers"
 FORWARD, BACK, STILL = Action({"KeyW"}), Action({"KeyS"}), Action()
@@ -84,17 +87,80 @@ def test_a_frozen_context_is_computed_once_a_chunk():
     (plain, whole), (session, reports) = (
         played(s) for s in (Acceleration(), Acceleration(frozen=FrozenContext()))
     )  # fmt: skip
-    for report in reports:
+    for report in reports[1:]:
         assert [e.attended for e in report.evaluations] == [True, False, False]
         assert "frozen" in report.levers
     assert reports[2].flops["denoise"] < 0.75 * whole[2].flops["denoise"]
-    assert 0 < far(latents(session)[:FIRST], latents(plain)[:FIRST]) < 0.5
+    assert "frozen" not in reports[0].levers  # nothing is remembered or gone on from yet
+    assert reports[0].flops == whole[0].flops
+    assert torch.equal(latents(session)[:FIRST], latents(plain)[:FIRST])
+    assert 0 < far(latents(session)[FIRST:], latents(plain)[FIRST:]) < 0.5
     two = played(Acceleration(frozen=FrozenContext(2)))[1]
     assert [e.attended for e in two[2].evaluations] == [True, False, True]
     (lever,) = levers(Acceleration(frozen=FrozenContext()), session.engine.model.chunk(1), reports)
-    assert (lever.name, lever.fired, lever.chunks) == ("frozen", 3, 3)
+    assert (lever.name, lever.fired, lever.chunks) == ("frozen", 2, 3)
     with pytest.raises(InputError, match=r"frozen\.evaluations"):
         FrozenContext(0)
+
+
+def test_nothing_is_captured_that_nobody_takes_over():
+    """With the context computed every second time, the third evaluation's is the chunk's last."""
+    of, asked = model(), list[tuple[bool, bool]]()
+    plain = of.network.velocity
+
+    def velocity(*given: Any) -> Tensor:
+        left, frozen = given[7:]
+        asked.append((left is not None, bool(frozen)))
+        return plain(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of.network, "velocity", velocity)
+        played(Acceleration(frozen=FrozenContext(2)), 2, begin(engine(of)))
+        assert asked == [(False, False)] * 3 + [(True, False), (False, True), (False, False)]
+        asked.clear()
+        played(Acceleration(steps=1, frozen=FrozenContext()), 2, begin(engine(of)))
+        assert asked == [(False, False)] * 2
+
+
+def test_worlds_with_other_settings_are_made_apart_and_alike_ones_together():
+    every = [
+        Acceleration(frozen=FrozenContext(), merged=True, sparsity=sparse(0.5)), Acceleration(merged=True),
+        Acceleration(frozen=FrozenContext(), merged=True, sparsity=sparse(0.5)), Acceleration(),
+    ]  # fmt: skip
+    first = begin()
+    together, alone = ([first.fork() for _ in every] for _ in range(2))
+    for one, other, settings in zip(together, alone, every, strict=True):
+        one.acceleration = other.acceleration = settings
+    for k in range(3):
+        given = actions(*CHUNKS[k])
+        made = step_together(together, actions=[given] * 4, noise=[noise(k)] * 4)
+        for session in alone:
+            session.step(given, noise=noise(k))
+    assert [c.report.batch for c in made] == [2, 1, 2, 1]
+    for one, other in zip(together, alone, strict=True):
+        assert far(latents(one), latents(other)) < 1e-5
+
+
+def test_a_save_goes_on_with_the_same_settings(tmp_path: Path):
+    session, _ = played(Acceleration("some", frozen=FrozenContext(2), merged=True), 2)
+    session.save(tmp_path / "a.world")
+    opened = worldstride.open(tmp_path / "a.world", engine=session.engine)
+    assert opened.acceleration == session.acceleration
+    chunks = [s.step(actions(*CHUNKS[2]), noise=noise(2)) for s in (session, opened)]
+    assert torch.equal(latents(opened), latents(session))
+    assert chunks[0].report.levers == chunks[1].report.levers
+
+
+def test_a_guided_model_freezes_nothing_and_counts_each_branch():
+    of = model(guidance=5.0)
+    prompt = {"text": case()["context"][None], "negative_text": case()["context"][None]}
+    session = engine(of).open(torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.eye(4)[None], prompt)
+    session.acceleration = Acceleration(frozen=FrozenContext())
+    reports = [session.step(FORWARD).report for _ in range(2)]
+    assert all(e.attended for r in reports for e in r.evaluations)
+    assert reports[1].flops["denoise"] == 3 * (of.joint_flops(19, 19) + of.joint_flops(14, 14))
+    (lever,) = levers(session.acceleration, of.chunk(1), reports)
+    assert "is guided" in lever.note
 
 
 def test_slots_with_one_latent_are_merged_where_they_show_most():
@@ -107,7 +173,9 @@ def test_slots_with_one_latent_are_merged_where_they_show_most():
     assert reports[1].context_latents == 1
     (lever,) = levers(Acceleration("merged", merged=True), model().chunk(1), reports)
     assert str(lever) == "merged: fired in 1 of 2 chunks; 0.5 of 2.5 slots a chunk"
-    assert not walked(Acceleration(merged=False), [STILL, STILL])[1][1].levers
+    left = walked(Acceleration(merged=False), [STILL, STILL])[1]
+    assert not left[1].levers
+    assert not levers(Acceleration(merged=False), model().chunk(1), left)  # nobody asked
     with pytest.raises(InputError, match=r"merged must be true or false, got 'yes'"):
         Acceleration(merged="yes")  # type: ignore[arg-type]
 
@@ -199,12 +267,13 @@ def test_fewer_blocks_are_attended_to():
 def test_blocks_end_where_segments_do():
     """Remembered, given and new latents: no block holds tokens of two of them."""
     attend = SparseAttend(lambda *_, **__: torch.zeros(0), sparse(0.5), (2, 3), (0, 3, 0, 4, 10))  # type: ignore[arg-type]
-    for frames, ends in ((17, {18, 42, 102}), (7, {18, 42})):
+    for frames, ends in ((17, {18, 42, 102}), (7, {18, 42}), (14, {24, 84})):  # the last without memory, as guided
         assert ends <= set(attend.layout(frames, torch.device("cpu")).starts.tolist())
 
 
-def test_settings_for_this_model_pull_all_their_levers():
+def test_settings_for_this_model_pull_all_their_levers(monkeypatch: pytest.MonkeyPatch):
     """Out and back: no memory ahead, merged slots, and an evaluation spared, on the way back."""
+    monkeypatch.setattr(quantised, "LEAST", 32)  # the layers of this small network are narrow
     fast, light = ways(engine(), [str(LEVERS / "mg3-fast.toml"), str(LEVERS / "mg3-balanced.toml+int8")])
     row: Any = whole_walk(fast, 8, 0)
     fired = {lever for e in row["each"] for lever in e["levers"]}
@@ -212,7 +281,13 @@ def test_settings_for_this_model_pull_all_their_levers():
     assert {e["evaluations"] for e in row["each"]} == {2, 3}
     assert min(e["context_latents"] for e in row["each"][1:]) == 0
     assert (light.name, light.start().source.quantised) == ("mg3-balanced, int8", "int8")
+    assert type(light.start().model.network.blocks[0].mlp.up.weight.data).__name__ == "Int8Tensor"  # type: ignore[attr-defined]
     assert len(whole_walk(light, 2, 0)["each"]) == 2  # type: ignore[arg-type]
+    played_in_8_bits = light.start()
+    with pytest.raises(InputError, match="an original structure is rebuilt of whole weights, not of int8 ones"):
+        ways(played_in_8_bits, ["upstream"])[0].start()
+    with pytest.raises(InputError, match="are in 8 bits already"):
+        ways(played_in_8_bits, ["off+int8"])[0].start()
 
 
 def test_only_what_can_be_quantised_is():

@@ -12,7 +12,9 @@ import worldstride
 from hy_variants import latents
 from mg3_golden import CHUNKS, actions, begin, engine, model, network, noise
 from worldstride.errors import InputError, SaveFileError
-from worldstride.models.quantised import quantised
+from worldstride.models.matrix_game3.adapter import MatrixGame3
+from worldstride.models.quantised import bytes_of, quantised
+from worldstride.models.registry import find
 
 pytest.importorskip("torchao", reason="quantisation needs torchao")
 
@@ -66,3 +68,36 @@ def test_a_save_is_continued_with_the_same_weights_only(tmp_path: Path):
     other.source = replace(other.source, quantised="int8")
     with pytest.raises(SaveFileError, match="whose weights are not quantised, the engine's are int8"):
         worldstride.open(tmp_path / "a.world", engine=other)
+
+
+def test_an_engine_is_loaded_in_8_bits_and_so_are_its_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("worldstride.models.quantised.LEAST", 32)
+    entry = find("matrix_game3")
+    tiny = replace(entry, load=lambda *_, **__: (model(), "golden"))
+    monkeypatch.setattr("worldstride.engine.find", lambda _: tiny)
+    whole, small = (
+        worldstride.load("matrix_game3", weights="random", device="cpu", quantise=q) for q in (None, "int8")
+    )
+    assert (whole.source.quantised, small.source.quantised) == (None, "int8")
+    sizes = [sum(map(bytes_of, of.model.network.parameters())) for of in (whole, small)]  # type: ignore[attr-defined]
+    assert sizes[1] < 0.8 * sizes[0]  # blocks are but a part of this small one
+    session = begin(small)
+    session.step(actions(*CHUNKS[0]), noise=noise(0))
+    session.save(tmp_path / "a.world")
+    opened = worldstride.open(tmp_path / "a.world")
+    assert opened.engine.source == small.source
+    for one in (session, opened):
+        one.step(actions(*CHUNKS[1]), noise=noise(1))
+    assert torch.equal(latents(opened), latents(session))
+
+
+def test_a_model_of_its_own_kind_stays_one():
+    """What a subclass changes holds for its weights in 8 bits, too."""
+
+    class Other(MatrixGame3):
+        name = "other"
+
+    plain = model()
+    other = Other(plain.network, plain.decoder, plain.storage)
+    assert isinstance(other.quantised("int8"), Other)
+    assert other.quantised("int8").network is not other.network

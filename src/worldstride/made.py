@@ -92,10 +92,11 @@ class Made:
         made, branches = shape.clean + shape.new, 1 if self.plan.sampler.guidance is None else 2
         if isinstance(model, FreezesContext):
             whole = total + made
-            every = model.joint_flops(whole, whole * density.get("context", 1.0))
-            new = model.joint_flops(shape.new, whole * density.get("chunk", 1.0))
+            every = model.joint_flops(whole, whole, density.get("context", 1.0))
+            every += (branches - 1) * model.joint_flops(made, made, density.get("context", 1.0))
+            new = model.joint_flops(shape.new, whole, density.get("chunk", 1.0))
             each = (every if e.attended else new for e in self.evaluations if e.computed)
-            return {"context": context, "denoise": branches * sum(each)}
+            return {"context": context, "denoise": sum(each)}
         seen = max(0.0, density.get("chunk", 1.0) * (total + made) - made)
         each = (model.evaluation_flops(made, seen if e.attended else 0) for e in self.evaluations if e.computed)
         return {"context": context, "denoise": branches * sum(each)}

@@ -152,7 +152,7 @@ class Recalled:
     numbers: tuple[int, ...] = ()
     """Number of each latent in its world, from 0; may be empty."""
     slots: tuple[int, ...] = ()
-    """Of a model that `FillsSlots`: the slot that each latent is in; may be empty, which means the first ones."""
+    """Of a model that `FillsSlots`: the slot that each latent is in; empty means those of `FillsSlots.slots`."""
     inputs: tuple[Inputs, ...] = ()
     """What `prepare` made of the coming chunk; may be empty."""
 
@@ -249,8 +249,9 @@ class FreezesContext(Protocol):
         """The context as an evaluation captured it; evaluations then compute the new latents alone."""
         ...
 
-    def joint_flops(self, latents: int, seen: float) -> float:
-        """Floating-point operations of one evaluation of latents that attend to `seen` latents each."""
+    def joint_flops(self, latents: int, seen: float, density: float = 1.0) -> float:
+        """Floating-point operations of one evaluation of latents that see `seen` latents each, of whose tokens they
+        attend to a share. A guided model's negative branch has no memory."""
         ...
 
 

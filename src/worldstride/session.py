@@ -93,7 +93,8 @@ class Session:
 
         `action` is held for the whole chunk, or one action a frame is given; or `cameras` [F, 4, 4] say where the
         camera goes; neither means standing still. `noise` [clean + new, ...] replaces the session's own, `recall`
-        names places in the history to bring back in place of those that retrieval finds. Raises `InputError` on bad
+        names places in the history to bring back in place of those that retrieval finds (of a model that fills slots
+        one for each, before slots are merged). Raises `InputError` on bad
         input, and then the session is as it was.
         """
         return self._step(action, cameras, noise, self._state.intrinsics, recall)
@@ -132,7 +133,7 @@ class Session:
         context, signals, policy = planned
         plan, caching, knowing = plan_denoising(
             model.sampler, settings.steps, settings.shift, settings.solver, settings.cache, settings.adaptive,
-            _shared(settings, model),
+            _shared(settings, model, len(context.rows) + asked.wanted.lookup.shape.clean),
             signals.pose, policy.caching, policy.knowing, settings.name,
         )  # fmt: skip
         absent = None
@@ -345,11 +346,14 @@ def step_together(
     return [chunks[id(s)] for s in sessions]
 
 
-def _shared(settings: Acceleration, model: WorldModel) -> int | None:
-    """Evaluations that share one attention to the context, or one computation of it; None where none do."""
+def _shared(settings: Acceleration, model: WorldModel, given: int) -> int | None:
+    """Evaluations that share one attention to the context, or one computation of it; None where none do.
+
+    `given` counts latents that are remembered or gone on from; without any there is nothing to freeze.
+    """
     if isinstance(model, FreezesContext):
         frozen = settings.frozen
-        return None if frozen is None else frozen.evaluations or _ALL
+        return None if frozen is None or not given else frozen.evaluations or _ALL
     return None if settings.attention is None else settings.attention.evaluations
 
 

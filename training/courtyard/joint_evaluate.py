@@ -238,7 +238,7 @@ def rows(results: Results, arms: Sequence[Arm]) -> list[dict[str, object]]:
 
 def recurring(reports: Sequence[ChunkReport]) -> tuple[int, int, int]:
     """Remembered latents of a world's chunks; those of them that the chunk before had as memory or past, and those that
-    any earlier chunk had: of these keys and values could have been kept."""
+    any earlier chunk had. Of no others could keys and values be kept from chunk to chunk."""
     count, last, ever, before, known = 0, 0, 0, set[int](), set[int]()
     for report in reports:
         memory = list(report.context.memory)

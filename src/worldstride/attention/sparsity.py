@@ -150,9 +150,13 @@ class SparseAttend(Attending):
         self._remark = text
 
     def _parts(self, past: int) -> tuple[int, ...]:
-        """Latents of each part of a context of so many: the first segments, where they are as many together."""
-        parts = [n for n, whole in zip(self.segments, accumulate(self.segments), strict=True) if whole <= past]
-        return tuple(parts) if sum(parts) == past else (past,) if past else ()
+        """Latents of each part of a context of so many: the first segments, where they are as many together, or else
+        the last, as where guidance leaves the memory out."""
+        for segments, order in ((self.segments, 1), (self.segments[::-1], -1)):
+            parts = [n for n, whole in zip(segments, accumulate(segments), strict=True) if whole <= past][::order]
+            if sum(parts) == past:
+                return tuple(parts)
+        return (past,) if past else ()
 
     def _made(
         self, parts: tuple[tuple[int, ...], tuple[int, ...], int], device: torch.device, before: tuple[int, ...] = ()

@@ -8,8 +8,8 @@ block's scale and shift of them in every forward; rotary tables in complex128 la
 again for keys; queries, keys and values projected apart, in float32 where asked for; actions grouped, and the
 keyboard's keys and values made, in every block; the last block and the head for all tokens; torch's default attention.
 
-Kept as the port has them: retrieval, solver, noise, the decoder, whose structure is upstream's, too, and the mouse's
-numbers, which go through a layer of their own rather than joined with every token. The specification does not tell all.
+Kept as the port has them: retrieval, solver, noise, the decoder, its fused passes included, and the mouse's numbers,
+which go through a layer of their own rather than joined with every token. The specification does not tell all.
 Here rays are written out once a chunk, rotary angles come from tables along each axis, attention is in the model's
 precision, as flash attention needs it, "action output bf16" (section 2.6) means that the stream is rounded there, and
 padding comes out of it as zeros. Float32 copies of weights are made once, where autocast makes them in every forward.

@@ -81,6 +81,8 @@ def _structure(model: WorldModel, name: str) -> Callable[[Any], WorldModel]:
 
 
 def _rebuilt(engine: Engine, build: Callable[[Any], WorldModel]) -> Engine:
+    if engine.source.quantised is not None:
+        raise InputError(f"an original structure is rebuilt of whole weights, not of {engine.source.quantised} ones")
     source = replace(engine.source, compiled=False)
     return Engine(build(engine.model), source, resolve("off"), engine.controls, engine.attention)
 

@@ -20,6 +20,7 @@ from worldstride.commands.options import EngineOptions, ModelName, OptionalInt, 
 from worldstride.commands.table import table
 from worldstride.engine import Engine, pick_device
 from worldstride.errors import InputError
+from worldstride.models.quantised import bytes_of
 from worldstride.models.wan import umt5
 
 _TOLD_BY_UMT5 = ("matrix_game3", "hy_worldplay_wan")
@@ -122,7 +123,7 @@ class Bench:
             "format": "worldstride-bench-walk", **environment(engine.device, command), "engine": engine_facts(engine),
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "", "warmup": self.warmup,
             "plan": None if plan is None else asdict(plan),
-            "parameter_bytes": sum(p.numel() * p.element_size() for p in _parameters(engine)), "rows": rows,
+            "parameter_bytes": sum(map(bytes_of, _parameters(engine))), "rows": rows,
         }  # fmt: skip
         with tqdm(total=(self.warmup + self.chunks) * len(chosen), unit="chunk", desc=self.model) as bar:
             for way, ahead in chosen:

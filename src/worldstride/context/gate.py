@@ -26,7 +26,8 @@ class PoseScores:
     newest: float = 0.0
     """Pose similarity of the newest clip."""
     added: float | None = None
-    """Share of the coming views that old cameras saw and the window did not; None where nothing is old."""
+    """Share of the coming views that old cameras saw and the window, or latents that the chunk goes on from, did not;
+    None where nothing is old."""
     known: float = 0.0
     """Share of the coming views that any remembered camera saw."""
 

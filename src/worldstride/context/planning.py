@@ -95,7 +95,7 @@ def _gated(wanted: Wanted, one: Lookup, scores: PoseScores | None) -> tuple[Look
     seen = "nothing is old"
     if scores.old is not None:
         seen = (
-            f"old views show {scores.old:.2f}, the newest {scores.newest:.2f}, and add {scores.added:.2f} to the window"
+            f"old views show {scores.old:.2f}, the newest {scores.newest:.2f}, and add {scores.added:.2f} to the recent"
         )
     kept = f"cut to {memory}" if memory else "dropped"
     return _because(one, f"exploring, memory {kept}: {seen}", memory=memory, recall=recall), state

@@ -66,7 +66,8 @@ class PoseView:
 
 @dataclass(frozen=True)
 class SpatialMemory:
-    """Retrieved memory is attended to on a revisit and dropped or cut while exploring; the sink always stays.
+    """Retrieved memory is attended to on a revisit and dropped or cut while exploring; the sink always stays, unless it
+    is a slot of the memory.
 
     `PUBLISHED` is Light Interaction's gate (arXiv 2605.31158, eq. 4). The defaults ask instead what memory can add to
     the window, which agrees far better with true co-visibility.

@@ -91,6 +91,14 @@ class _Track:
         return self.step == 0 or self.plan.computed is None or self.step in self.plan.computed
 
     @property
+    def shares(self) -> bool:
+        """Whether the evaluation under way is followed by one that takes over what it leaves behind."""
+        plan = self.plan
+        later = range(self.step + 1, plan.sampler.steps)
+        computed = any(plan.computed is None or i in plan.computed for i in later)
+        return computed and plan.refresh is not None and (self.count + 1) % plan.refresh != 0
+
+    @property
     def sigma(self) -> float:
         return self.plan.sampler.sigmas[self.step]
 
@@ -248,8 +256,12 @@ class Denoising:
         )
         t.part = t.part or self._narrowed(t.rows)
         inputs, whole = t.part
-        anew = t.context is None or t.count % t.plan.refresh == 0
-        context = capturing(whole) if anew or t.context is None else t.context
+        if t.context is not None and t.count % t.plan.refresh == 0:
+            t.context = None  # gone before another is made
+        if t.context is None and isinstance(model, FreezesContext) and not t.shares:
+            return self._velocity(self._rows(t.rows), [t.sigma] * len(t.rows), inputs, whole)[0], True
+        anew = t.context is None
+        context = capturing(whole) if t.context is None else t.context
         velocity, captured = self._velocity(self._rows(t.rows), [t.sigma] * len(t.rows), inputs, context)
         if anew:
             t.context = reusing(whole, captured)

@@ -18,4 +18,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, FunctionType):
         raise TypeError(f"only plain functions are compiled, got {type(function).__name__}")
     code, scope = function.__code__.replace(), function.__globals__
-    return torch.compile(FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__))
+    own = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, get_args
+import copy
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from worldstride.errors import InputError, MissingDependencyError
 
@@ -16,22 +17,22 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 LEAST = 1024
 """Layers with fewer rows or columns stay as they are: they are small, and what they tell is not."""
 
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def quantised(network: Network, scheme: Scheme, least: int = LEAST) -> Network:
+def quantised(network: Network, scheme: Scheme, least: int | None = None) -> Network:
     """Another network with the linear layers of `network.blocks` in 8 bits; everything else is shared with it.
 
-    Raises `InputError` on an unknown scheme and on a device that cannot multiply float8, `MissingDependencyError`
-    without torchao.
+    `least` None is `LEAST`. Raises `InputError` on an unknown scheme, on a network that is in 8 bits already, and on a
+    device that cannot multiply float8; `MissingDependencyError` without torchao.
     """
     if scheme not in SCHEMES:
         raise InputError(f"unknown quantisation {scheme!r}; known: {', '.join(SCHEMES)}")
     blocks = getattr(network, "blocks", None)
-    config = getattr(network, "config", None)
-    if not isinstance(blocks, nn.ModuleList) or config is None:
+    if not isinstance(blocks, nn.ModuleList):
         raise InputError(f"a {type(network).__name__} has no blocks to quantise")
+    if any(hasattr(p, "__tensor_flatten__") for p in blocks.parameters()):
+        raise InputError("the network's weights are in 8 bits already; quantise one whose are not")
     weight = next(blocks.parameters())
     if scheme == "float8" and (
         weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 9)
@@ -57,15 +58,21 @@ def quantised(network: Network, scheme: Scheme, least: int = LEAST) -> Network:
         if scheme == "float8"
         else Int8WeightOnlyConfig(set_inductor_config=False)
     )
-    with torch.device("meta"):
-        made = type(network)(config)
-    made.load_state_dict(network.state_dict(), assign=True)
-    made.requires_grad_(False).eval()
-    quantize_(made.get_submodule("blocks"), how, lambda module, _: _fits(module, least))
+    shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    made = copy.deepcopy(network, shared)  # modules of its own around the same tensors
+    wide = LEAST if least is None else least
+    quantize_(made.get_submodule("blocks"), how, lambda module, _: _fits(module, wide))
     return made
 
 
 def _fits(module: nn.Module, least: int) -> bool:
-    return isinstance(module, nn.Linear) and min(module.weight.shape) >= least and not any(
-        n % 16 for n in module.weight.shape
-    )  # fmt: skip
+    sizes = module.weight.shape if isinstance(module, nn.Linear) else (1,)
+    return min(sizes) >= least and not any(n % 16 for n in sizes)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes that a tensor holds, in 8 bits those of its numbers and scales."""
+    parts: Any = getattr(tensor, "__tensor_flatten__", None)
+    if parts is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(bytes_of(getattr(tensor, name)) for name in parts()[0])

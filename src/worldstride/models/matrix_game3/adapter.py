@@ -7,6 +7,7 @@ step is made once a chunk, as the context.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,8 +139,9 @@ class MatrixGame3:
 
     def quantised(self, scheme: Scheme) -> MatrixGame3:
         """See `Quantises.quantised`: the transformer's blocks."""
-        network = quantised(self.network, scheme)
-        return MatrixGame3(network, self.decoder, self.storage, self.steps, self.guidance, self.rounded, self.shift)
+        made = copy(self)
+        made.network = quantised(self.network, scheme)
+        return made
 
     def chunk(self, k: int) -> ChunkShape:
         """57 frames of 15 latents, the image's first; then 40 of 10, which go on from 4 and see 5 remembered ones."""
@@ -297,9 +299,9 @@ class MatrixGame3:
         """See `Costed.evaluation_flops`."""
         return self.joint_flops(latents + context, latents + context)
 
-    def joint_flops(self, latents: float, seen: float) -> float:
+    def joint_flops(self, latents: float, seen: float, density: float = 1.0) -> float:
         """See `FreezesContext.joint_flops`."""
-        return cost.evaluation_flops(self.config, self._tokens, latents, seen)
+        return cost.evaluation_flops(self.config, self._tokens, latents, seen, density)
 
     def _acted(self, c: Conditions) -> tuple[Tensor, Tensor]:
         """Keyboard [B, F, 6] and mouse [B, F, 2] of the window's frames: as given, else guessed from cameras."""

@@ -111,7 +111,7 @@ class MG3Network(nn.Module):
         them."""
 
     def compile_passes(self) -> None:
-        """Have torch compile what stands around attention, for the two numbers of tokens that chunks have."""
+        """Have torch compile what stands around attention, for any number of tokens after the first."""
         self.begin, self.ask, self.steer, self.press, self.end, self.look = map(
             compiled, (Block.begin, Block.ask, Block.steer, Block.press, Block.end, Camera.forward)
         )
