@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import TINY
 from walking import FORWARD, MOVES, TURN, first_frames
 from worldstride import Acceleration, ChunkReport, Engine
-from worldstride.acceleration import PRESETS, AttentionReuse
+from worldstride.acceleration import PRESETS, AttentionReuse, FrozenContext
 from worldstride.attention import Partial
 from worldstride.attention.written import in_float32
 from worldstride.camera import camera_from_pose
@@ -102,7 +102,9 @@ IDLE = [
     ("spatial", asking(spatial=SpatialMemory(threshold=1.0, exploring=2)), 3, "2 latents while exploring are no fewer "
      "than 2"),
     ("adaptive", asking(adaptive=AdaptiveSteps(score="added")), 1, "score 'added', unknown, never reached 0.95"),
-    ("attention", asking(attention=AttentionReuse(1)), 2, "no evaluation could reuse it"),
+    ("attention", asking(attention=AttentionReuse(1)), 2, "every evaluation computes its own"),
+    ("frozen", asking(frozen=FrozenContext()), 2, "no evaluation could reuse it: the model shares none, .*"),
+    ("merged", asking(merged=True), 2, "the model fills no slots"),
 ]  # fmt: skip
 
 
@@ -118,7 +120,11 @@ def test_a_lever_that_does_not_fire_says_why(
 @pytest.mark.parametrize(
     ("name", "settings", "note"),
     [
-        ("attention", asking(attention=AttentionReuse(2)), "no evaluation could reuse it"),
+        (
+            "attention",
+            asking(attention=AttentionReuse(2)),
+            "no evaluation could reuse it: the model shares none, is guided, or takes one evaluation a chunk",
+        ),
         ("kept", asking(kept=KeptContext()), "every context was encoded anew: the model keeps no latents"),
         ("solver", asking(solver="euler"), "the model brings its own solver"),
     ],

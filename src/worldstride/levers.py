@@ -42,7 +42,7 @@ def levers(settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkRep
     """Every lever that `settings` ask for, over the chunks of a run of a model whose chunks are of `shape`."""
     found = []
     for name in LEVERS:
-        if getattr(settings, name) in (None, False):
+        if getattr(settings, name) is None or getattr(settings, name) is False:
             continue
         fired = sum(name in r.levers for r in reports)
         note = _saved(name, shape, reports) if fired else _why_not(name, settings, shape, reports)
@@ -130,7 +130,10 @@ def _why_not(name: str, settings: Acceleration, shape: ChunkShape, reports: Sequ
         if keeps and least is not None:
             return f"{anew}: {_range(late, 'added')} against {least:g}"
         return anew if keeps else f"{anew}: the model keeps no latents"
-    return "no evaluation could reuse it: the model lets none, is guided, or makes chunks in one evaluation"
+    asked = settings.attention if name == "attention" else settings.frozen
+    if asked is not None and asked.evaluations == 1:
+        return "every evaluation computes its own"
+    return "no evaluation could reuse it: the model shares none, is guided, or takes one evaluation a chunk"
 
 
 def _range(reports: Sequence[ChunkReport], score: Score) -> str:
