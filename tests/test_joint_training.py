@@ -173,6 +173,17 @@ def test_a_smoke_run_writes_weights_that_load_and_play(training: SimpleNamespace
         training.joint_courtyard.read_engine(smoke / "absent", torch.device("cpu"), torch.float32)
 
 
+def test_a_run_goes_on_from_an_earlier_ones_weights(training: SimpleNamespace, smoke: Path, tmp_path: Path):
+    settings = replace(training.joint_train.Settings(out=tmp_path, initial=smoke, seed=1), walks=2).for_smoke()
+    trainer = training.joint_train.Trainer(settings, training.group.Group())
+    network, fingerprint, side = training.joint_courtyard.read_network(smoke)
+    assert all(map(torch.equal, trainer.network.state_dict().values(), network.state_dict().values()))
+    assert all(map(torch.equal, trainer.averaged.state_dict().values(), network.state_dict().values()))
+    assert (len(fingerprint), side) == (64, SIDE)
+    with pytest.raises(ValueError, match="holds weights of MG3Config"):
+        training.joint_train.Trainer(replace(settings, model=training.joint_courtyard.CONFIG), training.group.Group())
+
+
 def test_training_moves_every_part_of_the_network(training: SimpleNamespace, tmp_path: Path):
     settings = replace(training.joint_train.Settings(out=tmp_path).for_smoke(), seed=1)
     trainer = training.joint_train.Trainer(settings, training.group.Group())

@@ -153,8 +153,8 @@ def save_network(folder: Path, network: MG3Network, facts: Mapping[str, object])
     save_state(folder, weights, {**facts, "config": asdict(network.config)})
 
 
-def read_engine(folder: Path, device: torch.device, dtype: torch.dtype) -> Engine:
-    """An engine around weights of `save_network`."""
+def read_network(folder: Path) -> tuple[MG3Network, str, int]:
+    """What `save_network` wrote: the network in float32, its weights' SHA-256, and the side of frames."""
     if not (folder / "state.json").is_file():
         raise InputError(f"{folder} holds no trained weights: state.json, as joint_train.py writes it, is missing")
     tensors, facts = load_state(folder)
@@ -164,5 +164,10 @@ def read_engine(folder: Path, device: torch.device, dtype: torch.dtype) -> Engin
     whole = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
         whole.update(tensor.numpy().tobytes())
-    network = network.to(device, dtype).requires_grad_(False)
-    return joint_engine(network, whole.hexdigest(), int(str(facts["side"])))
+    return network, whole.hexdigest(), int(str(facts["side"]))
+
+
+def read_engine(folder: Path, device: torch.device, dtype: torch.dtype) -> Engine:
+    """An engine around weights of `save_network`."""
+    network, fingerprint, side = read_network(folder)
+    return joint_engine(network.to(device, dtype).requires_grad_(False), fingerprint, side)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from group import Group
-from joint_courtyard import CONFIG, SHIFT, SIZE, predicted, prompt, save_network
+from joint_courtyard import CONFIG, SHIFT, SIZE, predicted, prompt, read_network, save_network
 from joint_data import LENGTH, Batch, Kind, Walks
 from optimizer import Optimizer
 from origin import commit
@@ -77,6 +77,8 @@ class Settings:
     """Decay of the averaged weights."""
     state_minutes: float = 2.0
     """Minutes between saved weights."""
+    initial: Path | None = None
+    """Folder of an earlier run whose averaged weights this one begins with; take another seed, for other worlds."""
     seed: int = 0
     compile: bool = True
     smoke: bool = False
@@ -102,7 +104,8 @@ class Trainer:
         self.born = time.perf_counter()
         torch.manual_seed(settings.seed)
         config = settings.model
-        self.network = begun(MG3Network(config)).to(self.device)
+        self.network = begun(MG3Network(config)) if settings.initial is None else _earlier(settings.initial, config)
+        self.network.to(self.device)
         self.averaged, self.working = (MG3Network(config).to(self.device) for _ in range(2))
         self.averaged.requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
@@ -254,6 +257,14 @@ class Trainer:
         name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
         facts = {"seconds": seconds, "device": name, "torch": torch.__version__, "commit": commit()}
         write_json(self.s.out / "joint_training.json", {**self._facts(), **facts, "history": self.history})
+
+
+def _earlier(folder: Path, config: MG3Config) -> MG3Network:
+    """Weights of an earlier run; `ValueError` where they are of another network."""
+    network = read_network(folder)[0]
+    if network.config != config:
+        raise ValueError(f"{folder} holds weights of {network.config}, the run is for {config}")
+    return network
 
 
 def begun(network: MG3Network) -> MG3Network:
