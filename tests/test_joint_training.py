@@ -196,6 +196,7 @@ def test_training_moves_every_part_of_the_network(training: SimpleNamespace, tmp
 
 
 def test_arms_are_measured_against_full_compute_in_both_modes(training: SimpleNamespace, smoke: Path, tmp_path: Path):
+    pytest.importorskip("torchao", reason="one arm has weights in 8 bits")
     (tmp_path / "two.toml").write_text("steps = 2\nmemory = 3\n")
     out = tmp_path / "result.json"
     given = ("--weights", smoke, "--worlds", "2", "--chunks", "2", "--at-once", "2", "--device", "cpu")

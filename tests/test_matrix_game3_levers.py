@@ -273,6 +273,7 @@ def test_blocks_end_where_segments_do():
 
 def test_settings_for_this_model_pull_all_their_levers(monkeypatch: pytest.MonkeyPatch):
     """Out and back: no memory ahead, merged slots, and an evaluation spared, on the way back."""
+    pytest.importorskip("torchao", reason="one way has weights in 8 bits")
     monkeypatch.setattr(quantised, "LEAST", 32)  # the layers of this small network are narrow
     fast, light = ways(engine(), [str(LEVERS / "mg3-fast.toml"), str(LEVERS / "mg3-balanced.toml+int8")])
     row: Any = whole_walk(fast, 8, 0)
