@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mg3_golden
 from joint_model import JointContext, JointDecoder, JointInputs, JointModel
 from worldstride.attention import Attend
 from worldstride.engine import Engine
@@ -16,6 +17,7 @@ from worldstride.errors import ContractError
 from worldstride.models.courtyard.adapter import CourtyardContext, CourtyardInputs, CourtyardModel
 from worldstride.models.courtyard.config import CourtyardConfig
 from worldstride.models.courtyard.weights import random_network
+from worldstride.models.matrix_game3.adapter import MatrixGame3, MG3Context
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 from worldstride.testing import check_model
 
@@ -49,6 +51,21 @@ class NarrowsToTheFirst(CourtyardModel):
 def test_a_model_that_narrows_parts_worlds(tiny_config: CourtyardConfig, wrong: type[CourtyardModel], text: str):
     with pytest.raises(ContractError, match=text):
         check_model(wrong(random_network(tiny_config).eval(), torch.float32))
+
+
+class FreezesNothing(MatrixGame3):
+    """Goes on with what was left behind of other latents."""
+
+    def frozen(self, context, captured) -> MG3Context:
+        wrong = tuple(block._replace(keys=block.keys.roll(1, 2)) for block in captured["frozen"])
+        return super().frozen(context, {"frozen": wrong})
+
+
+def test_a_model_that_freezes_its_context_keeps_what_it_needs():
+    plain, prompt = mg3_golden.model(), {"text": mg3_golden.case()["context"][None]}
+    wrong = FreezesNothing(plain.network, plain.decoder, plain.storage, rounded=False)
+    with torch.inference_mode(), pytest.raises(ContractError, match="against a context frozen at the same noise"):
+        check_model(wrong, prompt, chunks=(1,))
 
 
 def test_a_prompt_reaches_the_model():

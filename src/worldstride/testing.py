@@ -27,6 +27,7 @@ from worldstride.protocol import (
     Context,
     Decoder,
     EncodesPrompt,
+    FreezesContext,
     LabelsMotion,
     Led,
     Narrows,
@@ -110,6 +111,8 @@ def _check_chunk(model: WorldModel, case: _Case, other: _Case) -> None:
     _check_context(model, case, other, first, context, inputs)
     if isinstance(model, Narrows):
         _check_parting(model, model, case, other)
+    if isinstance(model, FreezesContext):
+        _check_freezing(model, model, case, context, inputs)
     if isinstance(model, EncodesPrompt):
         _check_prompt(model, model, case, first)
     _check_given(model, case, inputs, first)
@@ -154,6 +157,22 @@ def _check_parting(model: WorldModel, parts: Narrows, case: _Case, other: _Case)
             "a model that narrows must take a noise level for each world of a batch: a world came out otherwise",
         )
         _check(float((narrowed - alone).abs().max()) <= bound, f"narrow to world {i} of a batch gave another world")
+
+
+def _check_freezing(
+    model: WorldModel, freezes: FreezesContext, case: _Case, context: Context, inputs: tuple[object, ...]
+) -> None:
+    """What an evaluation leaves behind says all of the context that the same evaluation needs."""
+    x, level = model.clamp(case.noise, inputs[0]), 0.9
+    whole, _ = model.velocity(x, level, inputs[0], context, attend)
+    same, captured = model.velocity(x, level, inputs[0], freezes.capturing(context), attend)
+    _check(torch.equal(whole, same), "an evaluation that captures came out otherwise")
+    alone, _ = model.velocity(x, level, inputs[0], freezes.frozen(context, captured), attend)
+    bound = 0.05 * float(whole.float().abs().max())  # sums of fewer tokens may round otherwise
+    _check(
+        alone.shape == whole.shape and float((alone - whole).abs().max()) <= bound,
+        "against a context frozen at the same noise and latents the velocity came out otherwise",
+    )
 
 
 def _check_prompt(model: WorldModel, encodes: EncodesPrompt, case: _Case, first: Tensor) -> None:
