@@ -27,6 +27,7 @@ from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.loading import random_matrix_game3
 from worldstride.models.matrix_game3.model import MG3Network
 from worldstride.models.matrix_game3.weights import build
+from worldstride.protocol import FreezesContext
 from worldstride.testing import check_model
 
 EACH = 2 * 3  # tokens of a latent
@@ -178,6 +179,8 @@ def test_full_size_costs_what_upstream_does(memory: int, window: int, tera: floa
 
 def test_the_structure_keeps_the_contract():
     check_model(UpstreamMatrixGame3(model(), True), {"text": case()["context"][None]}, chunks=(0, 1))
+    assert isinstance(model(), FreezesContext)
+    assert not isinstance(UpstreamMatrixGame3(model(), wide=True), FreezesContext)
 
 
 def test_worlds_are_stepped_together():

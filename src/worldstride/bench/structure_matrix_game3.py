@@ -107,11 +107,8 @@ class UpstreamStructure(MG3Network):
         self, x: Tensor, levels: Tensor, memory: Tensor | None, chunk: Prepared, text: Text, attend: Attend,
         given: int = 0, left: list[Frozen] | None = None, frozen: Sequence[Frozen] = (),
     ) -> Tensor:  # fmt: skip
-        """See `MG3Network.velocity`; what was prepared must be of this network, and `attend` is not asked."""
-        if left is not None or frozen:
-            raise InputError(
-                "upstream's structure computes the context in every evaluation; leave acceleration.frozen out"
-            )
+        """See `MG3Network.velocity`; what was prepared must be of this network, `attend` is not asked, and nothing is
+        left behind."""
         if not isinstance(chunk, RawChunk) or not isinstance(text, RawText):
             got = f"{type(chunk).__name__} and {type(text).__name__}"
             raise TypeError(f"upstream's structure needs what it prepared itself, got {got}")
@@ -208,7 +205,9 @@ def _turned(x: Tensor, axes: Axes) -> Tensor:
 
 
 class UpstreamMatrixGame3(MatrixGame3):
-    """The model in upstream's structure."""
+    """The model in upstream's structure, which has the context in every evaluation: nothing can be frozen."""
+
+    capturing = None  # type: ignore[assignment]
 
     def __init__(self, model: MatrixGame3, wide: bool) -> None:
         """Over a model's weights.
