@@ -42,7 +42,8 @@ def levers(settings: Acceleration, shape: ChunkShape, reports: Sequence[ChunkRep
     """Every lever that `settings` ask for, over the chunks of a run of a model whose chunks are of `shape`."""
     found = []
     for name in LEVERS:
-        if getattr(settings, name) is None or getattr(settings, name) is False:
+        asked = getattr(settings, name)
+        if asked is None or asked is False:
             continue
         fired = sum(name in r.levers for r in reports)
         note = _saved(name, shape, reports) if fired else _why_not(name, settings, shape, reports)

@@ -94,8 +94,7 @@ class Session:
         `action` is held for the whole chunk, or one action a frame is given; or `cameras` [F, 4, 4] say where the
         camera goes; neither means standing still. `noise` [clean + new, ...] replaces the session's own, `recall`
         names places in the history to bring back in place of those that retrieval finds (of a model that fills slots
-        one for each, before slots are merged). Raises `InputError` on bad
-        input, and then the session is as it was.
+        one for each, before slots are merged). Raises `InputError` on bad input, and then the session is as it was.
         """
         return self._step(action, cameras, noise, self._state.intrinsics, recall)
 

@@ -107,8 +107,7 @@ class _Batch:
         if settings is None or not isinstance(model, AttendsSparsely):
             return engine.attention
         plan = first.context
-        shape = first.shape
-        segments = (len(plan.sink), len(plan.memory), len(plan.window), shape.clean, shape.new)
+        segments = (len(plan.sink), len(plan.memory), len(plan.window), first.shape.clean, first.shape.new)
         return SparseAttend(engine.attention, settings, model.token_grid, segments, engine.rates, engine.layouts)
 
     def sparsity(self, attend: Attend) -> SparsityReport | None:
@@ -139,17 +138,9 @@ class _Batch:
         led = tuple(first.state.history.entries[i].led for i in first.context.rows)
         numbers = tuple(first.state.history.entries[i].index for i in first.context.rows)
         recalled = Recalled(
-            latents,
-            cameras,
-            positions,
-            kinds,
-            led,
-            self.intrinsics,
-            first.encoded,
-            numbers=numbers,
-            slots=first.context.slots,
-            inputs=inputs,
-        )
+            latents, cameras, positions, kinds, led, self.intrinsics, first.encoded, numbers=numbers,
+            slots=first.context.slots, inputs=inputs,
+        )  # fmt: skip
         if first.absent is None or settings is None or not isinstance(model, KeepsLatents):
             # the plain loop encodes the whole context anew for every chunk; keeping parts of it is an acceleration
             return model.encode_context(recalled, None, attend), [()] * len(self.pending)

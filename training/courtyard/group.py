@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ class Group:
     """The processes of a run: gradients are averaged, decisions follow rank 0."""
 
     def __init__(self) -> None:
+        self.born = time.perf_counter()
         self.many = "RANK" in os.environ
         self.cuda = torch.cuda.is_available()
         if self.many:
@@ -24,6 +26,16 @@ class Group:
         )
         if self.cuda:
             torch.cuda.set_device(self.device)
+
+    def log(self, *words: object) -> None:
+        """Print on rank 0, with seconds since the start."""
+        if self.rank == 0:
+            print(f"[{time.perf_counter() - self.born:7.1f}]", *words, flush=True)
+
+    def wait(self) -> None:
+        """Wait for this process's GPU, where it has one."""
+        if self.cuda:
+            torch.cuda.synchronize()
 
     def average_gradients(self, parameters: list[Tensor]) -> None:
         """Mean over all processes, in one message."""

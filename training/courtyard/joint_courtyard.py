@@ -23,6 +23,7 @@ from worldstride.acceleration import resolve
 from worldstride.attention import Attend, Dense, attend
 from worldstride.engine import Engine, EngineSource
 from worldstride.errors import InputError
+from worldstride.models.courtyard.codec import from_levels, to_levels
 from worldstride.models.matrix_game3.adapter import MatrixGame3, MG3Inputs
 from worldstride.models.matrix_game3.config import FRAMES, MG3Config
 from worldstride.models.matrix_game3.model import MG3Network, Text
@@ -58,11 +59,6 @@ def unfolded(latents: Tensor, pixels: int) -> Tensor:
     return parts.flatten(-3, -2).flatten(-4, -3).flatten(-5, -4)
 
 
-def from_levels(levels: Tensor) -> Tensor:
-    """Levels of colour uint8 as float32 in [-1, 1]."""
-    return levels.float() / 127.5 - 1
-
-
 class FoldedFrames:
     """`Decoder` without a VAE: a latent is the pixels of its four frames; a world's first latent is one frame."""
 
@@ -80,7 +76,7 @@ class FoldedFrames:
 
     def decode(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Decoder.decode`."""
-        levels = unfolded(latents.float(), self._pixels).mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+        levels = to_levels(unfolded(latents.float(), self._pixels))
         begun = torch.ones(len(latents), 1, device=latents.device)
         return levels if state else levels[:, FRAMES - 1 :], {"begun": begun}
 

@@ -7,15 +7,16 @@ from typing import Literal
 
 import torch
 from data import FAMILIES, take
-from joint_courtyard import folded, from_levels, padded
+from joint_courtyard import folded, padded
 from torch import Tensor
 
 from worldstride import camera, worlds
+from worldstride.models.courtyard.codec import from_levels
 from worldstride.models.matrix_game3 import rays, retrieval
 from worldstride.models.matrix_game3.adapter import FIRST, NEW, PAST
 from worldstride.models.matrix_game3.config import FRAMES
 from worldstride.models.matrix_game3.controls import CONTROLS, followed
-from worldstride.models.matrix_game3.retrieval import ASKING, FAR, HIGH, NEAR, SINK, WIDE
+from worldstride.models.matrix_game3.retrieval import ASKING, SINK
 
 Kind = Literal["first", "alone", "recalling"]
 """A world's first chunk; a later one without memory; one with its five slots."""
@@ -23,8 +24,6 @@ LENGTH = 55
 """Latents of a walk: a first chunk and four more."""
 EARLIEST = 6
 """First latent of the earliest window that something is brought back to."""
-
-
 _AT_ONCE = 14  # views whose points are carried at once
 
 
@@ -69,11 +68,7 @@ def seen_by(cameras: Tensor, grid: Tensor) -> Tensor:
         counts = []
         for views in asking.split(_AT_ONCE):
             points = (grid @ views[:, :3, :3].mT + views[:, None, :3, 3])[:, None]  # [some, 1, 1000, 3]
-            x, y, z = ((points - eyes) @ turned).unbind(-1)  # [some, frames, 1000]
-            deep = z.clamp_min(1e-6)
-            u, v = x * (WIDE / 2) / deep + WIDE / 2, y * (HIGH / 2) / deep + HIGH / 2
-            inside = (u >= 0) & (u <= WIDE) & (v >= 0) & (v <= HIGH)
-            counts.append(((z > NEAR) & (z < FAR) & inside).sum(-1))
+            counts.append(retrieval.in_view((points - eyes) @ turned).sum(-1))  # [some, frames]
         by_frame = torch.cat(counts)  # [T, frames]
         later = by_frame[:, 1:].unflatten(1, (-1, FRAMES)).amax(-1)
         made.append(torch.cat([by_frame[:, :1], later], 1))

@@ -34,7 +34,7 @@ from worldstride.errors import InputError
 from worldstride.levers import levers
 from worldstride.models.matrix_game3.adapter import MEMORY, NEW, PAST
 from worldstride.models.matrix_game3.config import FRAMES
-from worldstride.models.quantised import SCHEMES, Scheme, quantised
+from worldstride.models.quantised import Scheme, named, parted, quantised
 from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport
 from worldstride.session import step_together
@@ -95,16 +95,15 @@ class Arm:
     @property
     def name(self) -> str:
         """Name for tables."""
-        return self.settings.name if self.scheme is None else f"{self.settings.name}, {self.scheme}"
+        return named(self.settings.name, self.scheme)
 
 
 def arms_of(names: Sequence[str]) -> list[Arm]:
     """What to try by name, full compute first; `InputError` where two have one name."""
     arms = [Arm(resolve("off"))]
     for name in names:
-        plain, _, last = name.rpartition("+")
-        scheme = next((s for s in SCHEMES if plain and s == last), None)
-        arm = Arm(resolve(name if scheme is None else plain), scheme)
+        plain, scheme = parted(name)
+        arm = Arm(resolve(plain), scheme)
         arms += [arm] if arm != arms[0] else []
     if len({a.name for a in arms}) != len(arms):
         raise InputError(f"accelerations need names of their own, got {', '.join(a.name for a in arms)}")

@@ -101,7 +101,6 @@ class Trainer:
 
     def __init__(self, settings: Settings, group: Group) -> None:
         self.s, self.group, self.device = settings, group, group.device
-        self.born = time.perf_counter()
         torch.manual_seed(settings.seed)
         config = settings.model
         self.network = begun(MG3Network(config)) if settings.initial is None else _earlier(settings.initial, config)
@@ -122,7 +121,7 @@ class Trainer:
         """Of every step since the last report."""
         self.history: list[dict[str, float]] = []
         millions = sum(p.numel() for p in self.network.parameters()) / 1e6
-        self.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
+        self.group.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
         torch.backends.cuda.enable_cudnn_sdp(False)  # plans for every shape, and pixels over time are many and short
         if settings.compile and group.cuda:
             from torch._dynamo import config as compiling  # slow to import
@@ -132,17 +131,8 @@ class Trainer:
                 setattr(self.working, name, torch.compile(getattr(Block, name), dynamic=False))
         sizes = (settings.walks, settings.fresh, settings.plain, settings.side, config.pixels)
         self.walks = Walks(*sizes, self.generator, settings.length, settings.begun)
-        self._wait()
-        self.log(f"{self.walks.count} walks")
-
-    def log(self, *words: object) -> None:
-        """Print on rank 0, with seconds since the start."""
-        if self.group.rank == 0:
-            print(f"[{time.perf_counter() - self.born:7.1f}]", *words, flush=True)
-
-    def _wait(self) -> None:
-        if self.group.cuda:
-            torch.cuda.synchronize()
+        self.group.wait()
+        self.group.log(f"{self.walks.count} walks")
 
     def run(self) -> None:
         """Train to the end of the schedule."""
@@ -150,9 +140,9 @@ class Trainer:
         saved = time.perf_counter()
         while True:
             if self.step == WARM:
-                self._wait()
+                self.group.wait()
                 begin = time.perf_counter()
-                self.log("warm")
+                self.group.log("warm")
             if self.step % 20 == 0:
                 elapsed = 0.0 if begin is None else (time.perf_counter() - begin) / (60 * s.minutes)
                 self.progress = self.group.agree(max(elapsed, self.step / s.steps))
@@ -167,12 +157,12 @@ class Trainer:
                 self._report(facts, begin)
             if self.group.rank == 0 and time.perf_counter() - saved > 60 * s.state_minutes:
                 saved = time.perf_counter()
-                self._save(saved - (begin or self.born))
-        self._wait()
-        seconds = time.perf_counter() - (begin or self.born)
+                self._save(saved - (begin or self.group.born))
+        self.group.wait()
+        seconds = time.perf_counter() - (begin or self.group.born)
         if self.group.rank == 0:
             self._save(seconds)
-        self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
+        self.group.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
 
     def _kind(self) -> Kind:
         first, alone = torch.rand(2, generator=self.order).tolist()
@@ -239,7 +229,7 @@ class Trainer:
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.group.cuda else 0.0
         self.history.append({"step": self.step, "progress": self.progress, **values})
         means = ", ".join(f"{kind} {values[kind]:.5f}" for kind in KINDS)
-        self.log(
+        self.group.log(
             f"step {self.step} {100 * self.progress:.1f} % mean loss {means} mse {values['error']:.4f} "
             f"norm {values['norm']:.2f} rate {values['rate']:.3f} {pace:.2f} steps/s {peak:.1f} GiB"
         )

@@ -48,7 +48,6 @@ class Trainer:
     def __init__(self, settings: Settings, group: Group) -> None:
         self.s, self.group, self.device = settings, group, group.device
         self.dtype = torch.bfloat16 if group.cuda else torch.float32
-        self.born = time.perf_counter()
         torch.manual_seed(settings.seed)
         config = settings.model
         self.network = CourtyardNetwork(config).to(self.device)
@@ -65,7 +64,7 @@ class Trainer:
             2**40 + 1000 * settings.seed + group.rank + 7919 * self.step
         )
         millions = parameter_count(self.network) / 1e6
-        self.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
+        self.group.log(f"{millions:.2f} M parameters, {group.size} process(es), torch {torch.__version__}")
         compiled = settings.compile and group.cuda
         trace, self.noised, self.errors, self.fetch = worlds.trace, noised, errors, fetched
         if compiled:
@@ -83,8 +82,8 @@ class Trainer:
         for family, (size, fresh) in sizes.items():
             frames = 24 if settings.smoke else None
             self.pools[family] = Pool(family, size, fresh, config, self.generator, trace, frames)
-            self._wait()
-            self.log(f"pool {family}: {size} worlds")
+            self.group.wait()
+            self.group.log(f"pool {family}: {size} worlds")
         self.kinds = context_kinds(config)
         # the order of kinds and families is the same in every process, so that all compile the same shapes at once
         self.order = torch.Generator().manual_seed(settings.seed + self.step)
@@ -93,15 +92,6 @@ class Trainer:
         self.losses: dict[bool, list[Tensor]] = {False: [], True: []}
         """Of every step since the last report, by whether its contexts were encoded chunk by chunk."""
         self.layout = Layout(config, settings.kept_chunks) if settings.kept_share else None
-
-    def log(self, *words: object) -> None:
-        """Print on rank 0, with seconds since the start."""
-        if self.group.rank == 0:
-            print(f"[{time.perf_counter() - self.born:7.1f}]", *words, flush=True)
-
-    def _wait(self) -> None:
-        if self.group.cuda:
-            torch.cuda.synchronize()
 
     def _begin_with(self, file: Path) -> None:
         given, mine, model = read_network(file)[0], self.network.state_dict(), self.s.model
@@ -112,7 +102,7 @@ class Trainer:
         fitting = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
         self.network.load_state_dict(mine | fitting)
         fresh = sorted(mine.keys() - fitting.keys())
-        self.log(f"started from {file.name}; drawn anew: {', '.join(fresh) or 'nothing'}")
+        self.group.log(f"started from {file.name}; drawn anew: {', '.join(fresh) or 'nothing'}")
 
     def _resume(self, folder: Path) -> None:
         tensors, facts = load_state(folder)
@@ -131,9 +121,9 @@ class Trainer:
             self._evaluate()
         while True:
             if self.step == first + 20:  # every shape has been seen by then
-                self._wait()
+                self.group.wait()
                 begin = time.perf_counter()
-                self.log("warm")
+                self.group.log("warm")
             if self.step % 20 == 0:
                 elapsed = 0.0 if begin is None else (time.perf_counter() - begin) / (60 * s.minutes)
                 self.progress = self.group.agree(max(done_before + elapsed * (1 - done_before), self.step / s.steps))
@@ -260,7 +250,7 @@ class Trainer:
         pace = (self.step - first - 20) / (time.perf_counter() - begin) if begin else 0.0
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.group.cuda else 0.0
         self.history.append({"step": self.step, "progress": self.progress, **values})
-        self.log(
+        self.group.log(
             f"step {self.step} {100 * self.progress:.1f} % mean loss {values['mean_loss']:.5f}, "
             f"kept {values['mean_kept_loss']:.5f} mse {values['error']:.4f} "
             f"norm {values['norm']:.2f} rate {values['rate']:.3f} {pace:.2f} steps/s {peak:.1f} GiB"
@@ -270,7 +260,7 @@ class Trainer:
         if self.group.rank == 0:
             scores = self.quick.score(self.averaged) | self._staleness()
             self.history.append({"step": self.step, "progress": self.progress, **scores})
-            self.log("QUICK", {k: float(f"{v:.4g}") for k, v in scores.items()})
+            self.group.log("QUICK", {k: float(f"{v:.4g}") for k, v in scores.items()})
 
     @torch.no_grad()
     def _staleness(self, batches: int = 6) -> dict[str, float]:
@@ -317,8 +307,8 @@ class Trainer:
     def _finish(self, begin: float | None, first: int) -> None:
         if self.group.rank:
             return
-        self._wait()
-        seconds = time.perf_counter() - (begin or self.born)
+        self.group.wait()
+        seconds = time.perf_counter() - (begin or self.group.born)
         name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
         facts = {
             **self._facts(),
@@ -336,7 +326,7 @@ class Trainer:
             if artifacts is not None:
                 with atomic_write(self.s.out / "compile_cache.xz") as temporary:
                     temporary.write_bytes(lzma.compress(artifacts[0], preset=1))
-        self.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
+        self.group.log(f"trained {self.step} steps in {seconds:.1f} s after warm-up")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from worldstride.engine import Engine
 from worldstride.errors import InputError
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.matrix_game3.adapter import MatrixGame3
-from worldstride.models.quantised import SCHEMES, Scheme
+from worldstride.models.quantised import Scheme, named, parted
 from worldstride.protocol import Compilable, Quantises, WorldModel
 from worldstride.session import Session
 
@@ -53,18 +53,16 @@ def ways(engine: Engine, names: Sequence[str]) -> list[Way]:
     ("off+float8"). `InputError` on others, and on what the engine's model cannot do."""
     found = list[Way]()
     for name in names:
-        plain, _, scheme = name.rpartition("+")
+        plain, scheme = parted(name)
         if name in {way for way, _ in _STRUCTURES}:
             found.append(Way(name, partial(_rebuilt, engine, _structure(engine.model, name)), resolve("off")))
-        elif plain and scheme in SCHEMES:
+            continue
+        start, settings = (lambda: engine), resolve(plain)
+        if scheme is not None:
             if not isinstance(engine.model, Quantises):
                 raise InputError(f"{engine.model.name!r} cannot be quantised; leave out +{scheme} of {name!r}")
-            settings = resolve(plain)
-            start = partial(_quantised, engine, engine.model, cast(Scheme, scheme))
-            found.append(Way(f"{settings.name}, {scheme}", start, settings))
-        else:
-            settings = resolve(name)
-            found.append(Way(settings.name, lambda: engine, settings))
+            start = partial(_quantised, engine, engine.model, scheme)
+        found.append(Way(named(settings.name, scheme), start, settings))
     return found
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
+from worldstride.errors import InputError
 from worldstride.models.published import Network
 
 
 def storage_of(dtype: torch.dtype) -> torch.dtype:
     """Precision of latents between steps for a network of some precision: bfloat16 in half precision, as upstream."""
     return torch.bfloat16 if dtype != torch.float32 else torch.float32
+
+
+def variant_of(path: Path | None, variants: Iterable[str]) -> str:
+    """The variant that random weights are drawn for: the first one, or the one that a path names; it need not exist."""
+    known = list(variants)
+    if path is not None and path.name not in known:
+        raise InputError(
+            f"random weights come from no file; leave out the path {str(path)!r}, or name one of {', '.join(known)}"
+        )
+    return known[0] if path is None else path.name
 
 
 def drawn(make: Callable[[], Network], device: torch.device, dtype: torch.dtype, seed: int) -> Network:

@@ -65,6 +65,20 @@ def quantised(network: Network, scheme: Scheme, least: int | None = None) -> Net
     return made
 
 
+def parted(name: str) -> tuple[str, Scheme | None]:
+    """A name without the scheme that may stand behind it ("off+int8"), and the scheme."""
+    plain, _, last = name.rpartition("+")
+    for scheme in SCHEMES:
+        if plain and scheme == last:
+            return plain, scheme
+    return name, None
+
+
+def named(name: str, scheme: Scheme | None) -> str:
+    """What tables call settings of this name with weights in 8 bits, or without."""
+    return name if scheme is None else f"{name}, {scheme}"
+
+
 def _fits(module: nn.Module, least: int) -> bool:
     sizes = module.weight.shape if isinstance(module, nn.Linear) else (1,)
     return min(sizes) >= least and not any(n % 16 for n in sizes)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from worldstride.errors import CheckpointError, InputError
-from worldstride.models.drawing import drawn, storage_of
+from worldstride.models.drawing import drawn, storage_of, variant_of
 from worldstride.models.hy_worldplay.adapter import HYWorldPlay
 from worldstride.models.hy_worldplay.config import HYConfig
 from worldstride.models.hy_worldplay.joint import HYJoint
@@ -44,12 +44,7 @@ def load_hy_worldplay(
     Raises `CheckpointError` that names what is missing and where it comes from.
     """
     if weights == "random":
-        variant = next(iter(VARIANTS)) if path is None else path.name
-        if variant not in VARIANTS:
-            raise InputError(
-                f"random weights come from no file; leave out the path {str(path)!r}, or name one of "
-                f"{', '.join(VARIANTS)}"
-            )
+        variant = variant_of(path, VARIANTS)
         made = random_model(HYConfig(), VAEConfig(), device, dtype, variant=variant)
         return made, f"random: seed 0, {device.type}"
     if path is None:

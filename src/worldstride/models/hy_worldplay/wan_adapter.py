@@ -18,6 +18,7 @@ from worldstride.models.hy_worldplay.placed import FIRST, STABLE, Placed
 from worldstride.models.hy_worldplay.text import WORDS
 from worldstride.models.hy_worldplay.wan import PATCH, WanFrames, WanNetwork
 from worldstride.models.video_decoder import VideoDecoder
+from worldstride.models.wan.layers import seen_rows
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled
 
 WINDOW, MEMORY = 12, 4
@@ -100,15 +101,12 @@ class WanWorldPlay(ReusesOuter, Placed):
         given.check_names(prompt, WORDS)
         if "text" not in prompt:
             raise InputError(f"HY-WorldPlay WAN needs encoder states named 'text', got {sorted(prompt) or 'none'}")
-        text, mask = prompt["text"], prompt.get("text_mask")
+        text = prompt["text"]
         if text.ndim != 3 or len(text) != 1 or text.shape[1] > ROWS or text.shape[2] != self.config.text:
             raise InputError(
                 f"text states must be [1, L, {self.config.text}], L at most {ROWS}, got {list(text.shape)}"
             )
-        if mask is not None:
-            if mask.shape != text.shape[:2]:
-                raise InputError(f"text_mask must be {list(text.shape[:2])} like the text, got {list(mask.shape)}")
-            text = text[:, mask[0].to(text.device) > 0]
+        text = seen_rows(text, prompt.get("text_mask"), "text_mask")
         whole = torch.zeros(1, ROWS, self.config.text, dtype=self.dtype, device=self.device)
         whole[:, : text.shape[1]] = text
         return WanPrompt(tuple(self.network.text(whole)), prompt.get("image"))

@@ -25,6 +25,7 @@ from worldstride.models.matrix_game3.model import Frozen, MG3Network, Prepared, 
 from worldstride.models.matrix_game3.steering import UNTOLD_KEY, UNTOLD_MOUSE
 from worldstride.models.quantised import Scheme, quantised
 from worldstride.models.video_decoder import VideoDecoder
+from worldstride.models.wan.layers import seen_rows
 from worldstride.protocol import ChunkShape, Conditions, Context, Recalled, SamplerSpec
 
 FIRST, NEW, PAST, MEMORY = 15, 10, 4, 5
@@ -180,12 +181,7 @@ class MatrixGame3:
             if f"{sign}text" not in prompt:
                 named = sorted(prompt) or "none"
                 raise InputError(f"Matrix-Game-3.0 needs encoder states named '{sign}text', got {named}")
-            text, mask = prompt[f"{sign}text"], prompt.get(f"{sign}text_mask")
-            if mask is not None:
-                if mask.shape != text.shape[:2]:
-                    size = f"{list(text.shape[:2])} like the text"
-                    raise InputError(f"{sign}text_mask must be {size}, got {list(mask.shape)}")
-                text = text[:, mask[0].to(text.device) > 0]
+            text = seen_rows(prompt[f"{sign}text"], prompt.get(f"{sign}text_mask"), f"{sign}text_mask")
             branches.append(self.network.text(text.to(self.device)))
         return MG3Prompt(tuple(branches), prompt.get("image"))
 

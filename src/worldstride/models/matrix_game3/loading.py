@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worldstride.errors import CheckpointError, InputError, did_you_mean
-from worldstride.models.drawing import drawn, storage_of
+from worldstride.models.drawing import drawn, storage_of, variant_of
 from worldstride.models.matrix_game3.adapter import GUIDANCE, MatrixGame3
 from worldstride.models.matrix_game3.config import MG3Config
 from worldstride.models.matrix_game3.model import MG3Network
@@ -59,12 +59,7 @@ def load_matrix_game3(
         known = list(DECODERS)
         raise InputError(f"unknown decoder {decoder!r}{did_you_mean(decoder, known)}; known: {', '.join(known)}")
     if weights == "random":
-        variant = next(iter(VARIANTS)) if path is None else path.name
-        if variant not in VARIANTS:
-            raise InputError(
-                f"random weights come from no file; leave out the path {str(path)!r}, or name one of "
-                f"{', '.join(VARIANTS)}"
-            )
+        variant = variant_of(path, VARIANTS)
         name = decoder or next(iter(DECODERS))
         vae = pruned(_statistics(WanVAEConfig()), DECODERS[name][0])
         made = random_matrix_game3(MG3Config(), vae, device, dtype, variant=variant)

@@ -49,12 +49,17 @@ def shares(asking: Tensor, frames: Tensor, grid: Tensor) -> Tensor:
     for q in range(len(asking)):
         for some in met[q].nonzero()[:, 0].split(max(1, _AT_ONCE // len(grid))):
             points = (world[q] - frames[some, None, :3, 3]) @ frames[some, :3, :3]  # [n, P, 3]
-            x, y, z = points.unbind(-1)
-            deep = z.clamp_min(1e-6)
-            u, v = x * (WIDE / 2) / deep + WIDE / 2, y * (HIGH / 2) / deep + HIGH / 2
-            inside = (u >= 0) & (u <= WIDE) & (v >= 0) & (v <= HIGH)
-            made[q, some] = ((z > NEAR) & (z < FAR) & inside).double().mean(-1)
+            made[q, some] = in_view(points).double().mean(-1)
     return made
+
+
+def in_view(points: Tensor) -> Tensor:
+    """Which points [..., 3] in a camera's own space it has in view [...]."""
+    x, y, z = points.unbind(-1)
+    deep = z.clamp_min(1e-6)
+    u, v = x * (WIDE / 2) / deep + WIDE / 2, y * (HIGH / 2) / deep + HIGH / 2
+    inside = (u >= 0) & (u <= WIDE) & (v >= 0) & (v <= HIGH)
+    return (z > NEAR) & (z < FAR) & inside
 
 
 def _may_meet(asking: Tensor, frames: Tensor) -> Tensor:

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from worldstride.attention.streams import KeysValues
+from worldstride.errors import InputError
 from worldstride.models.layers import rms_norm
+
+
+def seen_rows(text: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """Rows of a text's states [1, L, C] that its mask [1, L] leaves in, if it has one; `InputError` names the mask."""
+    if mask is None:
+        return text
+    if mask.shape != text.shape[:2]:
+        raise InputError(f"{name} must be {list(text.shape[:2])} like the text, got {list(mask.shape)}")
+    return text[:, mask[0].to(text.device) > 0]
 
 
 class WideProjection(nn.Module):
