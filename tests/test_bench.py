@@ -88,11 +88,12 @@ def test_memory_is_bounded_as_on_a_smaller_gpu(
 ) -> None:
     assert main(["bench", "rollout", "courtyard", "--device", "cpu", "--gigabytes", "24"]) == 2
     assert "--gigabytes bounds a GPU's memory, and this runs on cpu" in capsys.readouterr().err
-    asked = list[float]()
+    asked = list[tuple[float, int | None]]()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=48e9))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: asked.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
     _bound(torch.device("cuda"), 24)
-    assert asked == [0.5]
+    _bound(torch.device("cuda:1"), 12)
+    assert asked == [(0.5, None), (0.25, 1)]
     with pytest.raises(InputError, match=r"must be above 0 and at most 48\.0, got 80"):
         _bound(torch.device("cuda"), 80)
 
@@ -111,6 +112,7 @@ def test_an_encoder_is_held_where_umt5_encodes(
     assert main(["bench", "rollout", "courtyard", "--weights", "random", "--encoder", *few]) == 0
     encoder = umt5.drawn_encoder(torch.device("cpu"), torch.bfloat16)
     assert json.loads(out.read_text())["encoder_bytes"] == 2 * sum(p.numel() for p in encoder.parameters())
+    assert encoder.get_input_embeddings() is encoder.encoder.embed_tokens  # one table, held once
 
 
 def test_results_are_valid_json(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def _bound(device: torch.device, gigabytes: float) -> None:
     there = torch.cuda.get_device_properties(device).total_memory
     if not 0 < gigabytes * 1e9 <= there:
         raise InputError(f"--gigabytes must be above 0 and at most {there / 1e9:.1f}, got {gigabytes:g}")
-    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / there, device)
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / there, device.index)  # takes no "cuda" without one
 
 
 def _parameters(engine: Engine) -> list[torch.Tensor]:

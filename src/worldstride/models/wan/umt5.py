@@ -99,4 +99,6 @@ def drawn_encoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
         import transformers
     except ImportError as error:
         raise MissingDependencyError("umT5 needs transformers: pip install 'worldstride[encoders]'") from error
-    return drawn(lambda: transformers.UMT5EncoderModel(config_of(transformers, FULL)), device, dtype, seed=2)
+    model = drawn(lambda: transformers.UMT5EncoderModel(config_of(transformers, FULL)), device, dtype, seed=2)
+    model.set_input_embeddings(model.encoder.embed_tokens)  # as in `read`
+    return model
