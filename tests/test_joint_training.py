@@ -234,6 +234,43 @@ def test_latents_that_come_again_are_counted(training: SimpleNamespace):
     assert training.joint_evaluate.recurring([*reports[:2], reports[3]]) == (4, 1, 1)
 
 
+def test_consecutive_chunks_are_compared(smoke: Path, tmp_path: Path):
+    out = tmp_path / "consecutive.json"
+    given = ("--weights", smoke, "--worlds", "1", "--chunks", "3", "--device", "cpu", "--out", out)
+    assert "chunk before" in run("joint_consecutive.py", *given)
+    facts = json.loads(out.read_text())
+    same = {(of["movement"], of["noise"]): of for of in facts["likeness"]}
+    assert len(same) == 4
+    for (_, noise), of in same.items():  # 8 evaluations of 2 blocks, of contexts the first one
+        assert [len(of[n]) for n in ("input", "added", "memory keys", "past values")] == [8, 8, 1, 1]
+        # what enters the first block is the latent alone: of a remembered one the same, of a new one its noise's
+        assert of["memory keys"][0][0]["cosine"] == pytest.approx(1)
+        assert of["memory keys"][0][1]["difference"] > 1e-4
+        assert of["input"][0][0]["cosine"] == pytest.approx(1 if noise == "same" else 0, abs=0.1)
+    rows = {(row["movement"], row["noise"], row["arm"]): row["scores"] for row in facts["rows"]}
+    assert len(rows) == 12
+    assert rows["walk", "own", "full"]["loss"]["all"]["mean"] == 0
+    assert rows["walk", "own", "full"]["psnr_full"]["all"]["mean"] == pytest.approx(80)
+    assert {"revisited", "moving"} <= rows["walk", "own", "full"]["energy"].keys()
+
+
+def test_blocks_take_over_what_they_are_told_to(training: SimpleNamespace):
+    """All but the first and the last, in all evaluations but the last."""
+    consecutive = training.joint_consecutive
+    watch = consecutive.Watch(SimpleNamespace(blocks=[object() for _ in range(4)]), 1, 3)
+    for table, value in ((watch.before, 1.0), (watch.now, 2.0)):
+        for e in range(3):
+            for b in range(4):
+                table[e, b] = consecutive.Seen(torch.zeros(1), torch.tensor(value + 10 * e), (torch.zeros(1),) * 2)
+    taken = {}
+    for watch.taken in consecutive.ARMS:
+        taken[watch.taken] = {(e, b): watch._taken(e, b) for e in range(3) for b in range(4)}
+        taken[watch.taken] = {at: float(t) for at, t in taken[watch.taken].items() if t is not None}
+    assert taken["full"] == {}
+    assert taken["chunk before"] == {(0, 1): 1, (0, 2): 1, (1, 1): 11, (1, 2): 11}
+    assert taken["evaluation before"] == {(1, 1): 2, (1, 2): 2}
+
+
 def test_modes_and_seeds_share_a_batch(training: SimpleNamespace, smoke: Path):
     evaluate = training.joint_evaluate
     engine = training.joint_courtyard.read_engine(smoke, torch.device("cpu"), torch.float32)

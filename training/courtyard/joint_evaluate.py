@@ -110,12 +110,13 @@ def arms_of(names: Sequence[str]) -> list[Arm]:
     return arms
 
 
-def held_out(engine: Engine, s: Settings, number: int) -> HeldOutWorld:
-    """A world with its truth; of its first chunk one frame is given, later ones go on from four latents."""
+def held_out(engine: Engine, s: Settings, number: int, walk: Trajectory | None = None) -> HeldOutWorld:
+    """A world with its truth; of its first chunk one frame is given, later ones go on from four latents. Kinds of walks
+    take turns where none is asked for."""
     shapes = [engine.model.chunk(k) for k in range(s.chunks)]
     frames = [shape.frames - (k == 0) for k, shape in enumerate(shapes)]
     recent = [FRAMES * shape.clean or 1 for shape in shapes]
-    walk, side = WALKS[number % len(WALKS)], engine.frame_size[0]
+    walk, side = walk or WALKS[number % len(WALKS)], engine.frame_size[0]
     return held_out_world(s.family, FIRST_SEED + number, walk, 1, frames, recent, side, engine.device)
 
 

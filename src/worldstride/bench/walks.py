@@ -16,7 +16,7 @@ from worldstride.camera import camera_from_pose
 
 FIRST_SEED = 1_000_000
 """Seeds of held-out worlds start here; training samples its worlds from generators on the device instead."""
-Trajectory = Literal["walk", "look away and back", "spin", "out and back", "loop", "random keys"]
+Trajectory = Literal["walk", "look away and back", "spin", "out and back", "loop", "random keys", "stand"]
 TRAJECTORIES: tuple[Trajectory, ...] = get_args(Trajectory)
 CLASSES = ("revisited", "recent", "novel", "moving")
 """Classes of pixels: on still surfaces, seen before but not in the recent window, seen in it, never seen; and on
@@ -85,6 +85,8 @@ def trajectory(scene: worlds.Scene, kind: Trajectory, given: int, frames: int, s
     forward, turn = torch.full((frames,), 0.1), torch.full((frames,), math.tau / 64)  # metres and radians a frame
     if kind == "spin":
         forward, turn = torch.zeros(frames), torch.full((frames,), math.tau / 48)
+    if kind == "stand":
+        forward = turn = torch.zeros(frames)
     if kind == "random keys":
         generator = noises.stream(seed, _KEYS)
         held = torch.randint(0, 3, (2, -(-frames // _HOLD)), generator=generator).repeat_interleave(_HOLD, 1)
