@@ -163,6 +163,7 @@ def test_a_smoke_run_writes_weights_that_load_and_play(training: SimpleNamespace
     facts = json.loads((smoke / "joint_training.json").read_text())
     assert facts["step"] == 6
     assert facts["samples"] == 12
+    assert facts["weights_sha256"] == training.joint_courtyard.read_network(smoke)[1]
     assert {h["step"] for h in facts["history"]} == {1, 2, 3, 4}
     engine = training.joint_courtyard.read_engine(smoke, torch.device("cpu"), torch.float32)
     start = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
@@ -204,6 +205,7 @@ def test_arms_are_measured_against_full_compute_in_both_modes(training: SimpleNa
     printed = run("joint_evaluate.py", *given, "--accelerations", *arms, "--out", out)
     assert "psnr full" in printed
     facts = json.loads(out.read_text())
+    assert facts["weights_sha256"] == training.joint_courtyard.read_network(smoke)[1]
     off, two, eight = facts["rows"]
     assert (off["name"], two["name"], eight["name"]) == ("off", "two", "off, int8")
     assert (off["quantised"], eight["quantised"]) == (None, "int8")

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import tyro
-from joint_courtyard import prompt, read_engine
+from joint_courtyard import prompt, read_engine, read_network
 from joint_evaluate import SEEDS, Settings, held_out
 from origin import commit
 from torch import Tensor
@@ -268,7 +268,13 @@ def main() -> None:
         pick_device(s.device), "python training/courtyard/joint_consecutive.py " + shlex.join(sys.argv[1:])
     )
     alike, scored = measured(s)
-    setting = {"worlds": s.worlds, "chunks": s.chunks, "seeds": SEEDS, "floor": FLOOR}
+    setting = {
+        "worlds": s.worlds,
+        "chunks": s.chunks,
+        "seeds": SEEDS,
+        "floor": FLOOR,
+        "weights_sha256": read_network(s.weights)[1],
+    }
     write_json(s.out, {"format": FORMAT, **facts, "commit": commit(), **setting, "likeness": alike, "rows": scored})
     print(table(alike, scored), flush=True)
 

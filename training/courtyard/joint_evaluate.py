@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from jobs import Job, run_jobs, visible_gpus
-from joint_courtyard import JointCourtyard, joint_engine, prompt, read_engine
+from joint_courtyard import JointCourtyard, joint_engine, prompt, read_engine, read_network
 from origin import commit
 
 from worldstride.acceleration import Acceleration, resolve
@@ -279,8 +279,9 @@ def main() -> None:
     make_folder(s.out.parent)
     found, device = rows(shared(s, arms), arms), pick_device(s.device)
     facts = environment(device, "python training/courtyard/joint_evaluate.py " + shlex.join(sys.argv[1:]))
+    sha = read_network(s.weights)[1]
     setting = {"family": s.family, "worlds": s.worlds, "chunks": s.chunks, "walks": WALKS, "seeds": SEEDS}
-    write_json(s.out, {"format": FORMAT, **facts, "commit": commit(), **setting, "rows": found})
+    write_json(s.out, {"format": FORMAT, **facts, "commit": commit(), **setting, "weights_sha256": sha, "rows": found})
     print(table(found), flush=True)
 
 

@@ -245,7 +245,10 @@ class Trainer:
         """Weights, and how they came about: a run that is killed leaves both behind."""
         save_network(self.s.out, self.averaged, {"step": self.step, "side": self.s.side, "progress": self.progress})
         name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
-        facts = {"seconds": seconds, "device": name, "torch": torch.__version__, "commit": commit()}
+        facts = {
+            "seconds": seconds, "device": name, "torch": torch.__version__, "commit": commit(),
+            "weights_sha256": read_network(self.s.out)[1],
+        }  # fmt: skip
         write_json(self.s.out / "joint_training.json", {**self._facts(), **facts, "history": self.history})
 
 
