@@ -74,5 +74,5 @@ def training() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "training" / "courtyard"))
         names = ("checkpoint", "data", "group", "objective", "optimizer", "repatch", "retriever", "sequence", "train")
-        names += ("joint_consecutive", "joint_courtyard", "joint_data", "joint_evaluate", "joint_train")
+        names += ("joint_consecutive", "joint_courtyard", "joint_data", "joint_evaluate", "joint_train", "joint_watch")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})

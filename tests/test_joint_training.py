@@ -11,11 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from worldstride.acceleration import Acceleration
+from worldstride.acceleration import Acceleration, resolve
 from worldstride.engine import Engine
 from worldstride.models.matrix_game3 import retrieval
 from worldstride.models.matrix_game3.adapter import NEW, PAST
@@ -236,41 +237,65 @@ def test_latents_that_come_again_are_counted(training: SimpleNamespace):
     assert training.joint_evaluate.recurring([*reports[:2], reports[3]]) == (4, 1, 1)
 
 
-def test_consecutive_chunks_are_compared(smoke: Path, tmp_path: Path):
+def test_consecutive_chunks_are_compared(training: SimpleNamespace, smoke: Path, tmp_path: Path):
     out = tmp_path / "consecutive.json"
     given = ("--weights", smoke, "--worlds", "1", "--chunks", "3", "--device", "cpu", "--out", out)
     assert "chunk before" in run("joint_consecutive.py", *given)
     facts = json.loads(out.read_text())
-    same = {(of["movement"], of["noise"]): of for of in facts["likeness"]}
-    assert len(same) == 4
-    for (_, noise), of in same.items():  # 8 evaluations of 2 blocks, of contexts the first one
+    assert facts["weights_sha256"] == training.joint_courtyard.read_network(smoke)[1]
+    compared = {(of["movement"], of["noise"]): of for of in facts["likeness"]}
+    assert len(compared) == 4
+    for (_, noise), of in compared.items():  # 8 evaluations of 2 blocks, of contexts the first one
         assert [len(of[n]) for n in ("input", "added", "memory keys", "past values")] == [8, 8, 1, 1]
         # what enters the first block is the latent alone: of a remembered one the same, of a new one its noise's
         assert of["memory keys"][0][0]["cosine"] == pytest.approx(1)
         assert of["memory keys"][0][1]["difference"] > 1e-4
         assert of["input"][0][0]["cosine"] == pytest.approx(1 if noise == "same" else 0, abs=0.1)
+        assert of["input"][0][0]["passed"] == (noise == "same")
     rows = {(row["movement"], row["noise"], row["arm"]): row["scores"] for row in facts["rows"]}
-    assert len(rows) == 12
-    assert rows["walk", "own", "full"]["loss"]["all"]["mean"] == 0
-    assert rows["walk", "own", "full"]["psnr_full"]["all"]["mean"] == pytest.approx(80)
+    assert len(rows) == 10
     assert {"revisited", "moving"} <= rows["walk", "own", "full"]["energy"].keys()
+
+
+def test_likeness_counts_pairs(training: SimpleNamespace):
+    like = training.joint_watch.Likeness()
+    like.add(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[6.0, 8.0], [1.0, 0.0]]))
+    assert like.facts() == pytest.approx(
+        {"cosine": 50 / (26 * 101) ** 0.5, "difference": (27 / 26) ** 0.5, "passed": 0.5}
+    )
 
 
 def test_blocks_take_over_what_they_are_told_to(training: SimpleNamespace):
     """All but the first and the last, in all evaluations but the last."""
-    consecutive = training.joint_consecutive
-    watch = consecutive.Watch(SimpleNamespace(blocks=[object() for _ in range(4)]), 1, 3)
-    for table, value in ((watch.before, 1.0), (watch.now, 2.0)):
-        for e in range(3):
-            for b in range(4):
-                table[e, b] = consecutive.Seen(torch.zeros(1), torch.tensor(value + 10 * e), (torch.zeros(1),) * 2)
-    taken = {}
-    for watch.taken in consecutive.ARMS:
-        taken[watch.taken] = {(e, b): watch._taken(e, b) for e in range(3) for b in range(4)}
-        taken[watch.taken] = {at: float(t) for at, t in taken[watch.taken].items() if t is not None}
-    assert taken["full"] == {}
-    assert taken["chunk before"] == {(0, 1): 1, (0, 2): 1, (1, 1): 11, (1, 2): 11}
-    assert taken["evaluation before"] == {(1, 1): 2, (1, 2): 2}
+    watch = training.joint_watch.Watch(SimpleNamespace(blocks=[object() for _ in range(4)]), 1, 4)
+    watch.before, watch.now = ({(e, b): (name, e, b) for e in range(4) for b in range(4)} for name in ("before", "now"))
+    taken = dict[str, dict[tuple[int, int], object]]()
+    for arm in training.joint_watch.ARMS:
+        watch.arm = arm
+        sources = {(e, b): watch.source(e, b) for e in range(4) for b in range(4)}
+        taken[arm] = {at: source for at, source in sources.items() if source is not None}
+    assert taken == {
+        "full": {},
+        "chunk before": {(e, b): ("before", e, b) for e in (0, 1, 2) for b in (1, 2)},
+        "first evaluation": {(e, b): ("now", 0, b) for e in (1, 2) for b in (1, 2)},
+    }
+
+
+def test_watching_changes_nothing_and_taking_over_does(training: SimpleNamespace, smoke: Path):
+    """Of chunks of 56, 40 and 40 frames to come the third takes over."""
+    consecutive, settings = training.joint_consecutive, training.joint_evaluate.Settings(smoke, chunks=3)
+    model = replace(training.joint_train.Settings().for_smoke().model, depth=4)
+    torch.manual_seed(0)
+    engine = training.joint_courtyard.joint_engine(training.joint_train.begun(MG3Network(model)).eval(), size=SIDE)
+    world = training.joint_evaluate.held_out(engine, settings, 0)
+    full, before, first = (consecutive.play(engine, world, 3, "own", arm) for arm in training.joint_watch.ARMS)
+    noise = training.joint_evaluate.NoiseBank()
+    plain = training.joint_evaluate.play(engine, world, resolve("off"), 3, noise)["closed"][0]
+    assert np.abs(full.astype(int) - plain).max() <= 1  # other batches round otherwise
+    for arm in (before, first):
+        assert np.array_equal(arm[:, :96], full[:, :96])
+        assert np.abs(arm[:, 96:].astype(int) - full[:, 96:]).max() > 1
+    assert not np.array_equal(before, first)
 
 
 def test_modes_and_seeds_share_a_batch(training: SimpleNamespace, smoke: Path):

@@ -143,10 +143,19 @@ def joint_engine(network: MG3Network, fingerprint: str = "", size: int = SIZE) -
     return Engine(JointCourtyard(network.eval(), size), source, resolve("off"), attention=attention)
 
 
-def save_network(folder: Path, network: MG3Network, facts: Mapping[str, object]) -> None:
-    """Write weights in half precision, in files below 16 MiB; `facts` hold the step and the side of frames."""
+def joint_of(engine: Engine) -> JointCourtyard:
+    """The small joint model of an engine."""
+    if not isinstance(engine.model, JointCourtyard):
+        raise TypeError(f"expected the small joint model, got {type(engine.model).__name__}")
+    return engine.model
+
+
+def save_network(folder: Path, network: MG3Network, facts: Mapping[str, object]) -> str:
+    """Write weights in half precision, in files below 16 MiB; `facts` hold the step and the side of frames. Their
+    SHA-256."""
     weights = {name: t.half() for name, t in network.state_dict().items()}
     save_state(folder, weights, {**facts, "config": asdict(network.config)})
+    return _sha256(weights)
 
 
 def read_network(folder: Path) -> tuple[MG3Network, str, int]:
@@ -157,10 +166,14 @@ def read_network(folder: Path) -> tuple[MG3Network, str, int]:
     sizes: Any = facts["config"]
     network = MG3Network(MG3Config(**{**sizes, "steered": tuple(sizes["steered"])}))
     network.load_state_dict({name: t.float() for name, t in tensors.items()})
+    return network, _sha256(tensors), int(str(facts["side"]))
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
-        whole.update(tensor.numpy().tobytes())
-    return network, whole.hexdigest(), int(str(facts["side"]))
+        whole.update(tensor.cpu().numpy().tobytes())
+    return whole.hexdigest()
 
 
 def read_engine(folder: Path, device: torch.device, dtype: torch.dtype) -> Engine:

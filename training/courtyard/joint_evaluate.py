@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from jobs import Job, run_jobs, visible_gpus
-from joint_courtyard import JointCourtyard, joint_engine, prompt, read_engine, read_network
+from joint_courtyard import joint_engine, joint_of, prompt, read_engine, read_network
 from origin import commit
 
 from worldstride.acceleration import Acceleration, resolve
@@ -129,7 +129,7 @@ def play(
     decides, they must not decide for each other.
     """
     size, rolls = engine.model.latent_shape, [(mode, seed) for mode in MODES for seed in SEEDS]
-    begun = engine.open(world.frames[:1], world.cameras[:1], prompt(_model(engine).config), seed=world.seed)
+    begun = engine.open(world.frames[:1], world.cameras[:1], prompt(joint_of(engine).config), seed=world.seed)
     begun.acceleration = settings
     sessions = [begun.fork(noise_seed(world, seed)) for _, seed in rolls]
     shown: list[list[np.ndarray]] = [[] for _ in rolls]
@@ -155,20 +155,14 @@ def play(
     return out
 
 
-def _model(engine: Engine) -> JointCourtyard:
-    if not isinstance(engine.model, JointCourtyard):
-        raise TypeError(f"expected the small joint model, got {type(engine.model).__name__}")
-    return engine.model
-
-
 def played(s: Settings, arms: Sequence[Arm], numbers: Sequence[int]) -> Results:
     """All arms in some worlds."""
     device = pick_device(s.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
     engine, results = read_engine(s.weights, device, pick_dtype(device)), Results()
-    side = _model(engine).config.side
+    side = joint_of(engine).config.side
     engines = {arm.scheme: engine for arm in arms if arm.scheme is None} | {
-        arm.scheme: joint_engine(quantised(_model(engine).network, arm.scheme, LEAST_WIDE), size=engine.frame_size[0])
+        arm.scheme: joint_engine(quantised(joint_of(engine).network, arm.scheme, LEAST_WIDE), size=engine.frame_size[0])
         for arm in arms if arm.scheme is not None
     }  # fmt: skip
     for number in numbers:
@@ -277,11 +271,14 @@ def main() -> None:
         torch.save(played(s, arms, range(s.part, s.worlds, s.parts)), s.out)
         return
     make_folder(s.out.parent)
+    origin = {
+        "commit": commit(),
+        "weights_sha256": read_network(s.weights)[1],
+    }  # of what is run, not what is there after
     found, device = rows(shared(s, arms), arms), pick_device(s.device)
     facts = environment(device, "python training/courtyard/joint_evaluate.py " + shlex.join(sys.argv[1:]))
-    sha = read_network(s.weights)[1]
     setting = {"family": s.family, "worlds": s.worlds, "chunks": s.chunks, "walks": WALKS, "seeds": SEEDS}
-    write_json(s.out, {"format": FORMAT, **facts, "commit": commit(), **setting, "weights_sha256": sha, "rows": found})
+    write_json(s.out, {"format": FORMAT, **facts, **origin, **setting, "rows": found})
     print(table(found), flush=True)
 
 

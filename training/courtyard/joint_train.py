@@ -101,6 +101,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, group: Group) -> None:
         self.s, self.group, self.device = settings, group, group.device
+        self.commit = commit()  # of what is run, not of what is there when it ends
         torch.manual_seed(settings.seed)
         config = settings.model
         self.network = begun(MG3Network(config)) if settings.initial is None else _earlier(settings.initial, config)
@@ -243,11 +244,13 @@ class Trainer:
 
     def _save(self, seconds: float) -> None:
         """Weights, and how they came about: a run that is killed leaves both behind."""
-        save_network(self.s.out, self.averaged, {"step": self.step, "side": self.s.side, "progress": self.progress})
+        sha = save_network(
+            self.s.out, self.averaged, {"step": self.step, "side": self.s.side, "progress": self.progress}
+        )
         name = torch.cuda.get_device_name() if self.group.cuda else "cpu"
         facts = {
-            "seconds": seconds, "device": name, "torch": torch.__version__, "commit": commit(),
-            "weights_sha256": read_network(self.s.out)[1],
+            "seconds": seconds, "device": name, "torch": torch.__version__, "commit": self.commit,
+            "weights_sha256": sha,
         }  # fmt: skip
         write_json(self.s.out / "joint_training.json", {**self._facts(), **facts, "history": self.history})
 
