@@ -119,25 +119,67 @@ def test_without_pruned_files_the_full_decoder_is_taken(skywork: Path, tmp_path:
         loaded(tmp_path, "half")
 
 
-def test_a_repack_for_diffusers_is_read(skywork: Path, tmp_path: Path):
-    for name, steps in (("Matrix-Game-3.0-Base-Distilled-Diffusers", 3), ("Matrix-Game-3.0-Base-Diffusers", 50)):
-        root = tmp_path / name
-        (root / "transformer").mkdir(parents=True)
-        save_file(
-            {f"model.{k}": v.contiguous() for k, v in published().items()}, root / "transformer/model.safetensors"
-        )
-        (root / "vae").mkdir()
-        save_file({k: v.contiguous() for k, v in vae().state_dict().items()}, root / "vae/model.safetensors")
+def repacked(root: Path, dtype: torch.dtype = torch.float32, light: float | None = None) -> Path:
+    """A folder as FastVideo repacks the model, its transformer in two files."""
+    (root / "transformer").mkdir(parents=True)
+    tensors = {f"model.{name}": t.to(dtype).contiguous() for name, t in published().items()}
+    placed = {name: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(placed.values()):
+        save_file({name: t for name, t in tensors.items() if placed[name] == file}, root / "transformer" / file)
+    index = {"metadata": {}, "weight_map": placed}
+    (root / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    parts = (
+        [("vae", vae(), 16)] if light is None else [("vae", vae(), 16), ("light_vae", vae(light, 7), int(16 * light))]
+    )
+    for name, made, channels in parts:
+        (root / name).mkdir()
+        save_file({k: v.contiguous() for k, v in made.state_dict().items()}, root / name / "model.safetensors")
         config = {
-            "is_residual": True, "base_dim": 4, "decoder_base_dim": 16, "z_dim": 48, "dim_mult": [1, 2, 4, 4],
+            "is_residual": True, "base_dim": 4, "decoder_base_dim": channels, "z_dim": 48, "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 1, "temperal_downsample": [False, True, True], "in_channels": 12, "out_channels": 12,
             "patch_size": 2, "latents_mean": list(native.LATENTS_MEAN), "latents_std": list(native.LATENTS_STD),
         }  # fmt: skip
-        (root / "vae/config.json").write_text(json.dumps(config))
-        model = loaded(root)
-        assert same_weights(model.network, network())
-        assert same_weights(model.decoder.vae, vae())
-        assert model.steps == steps
+        (root / name / "config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "steps"),
+    [
+        ("Matrix-Game-3.0-Base-Distilled-Diffusers", 3), ("Matrix-Game-3.0-Base-Diffusers", 50),
+        ("models--FastVideo--Matrix-Game-3.0-Base-Diffusers/snapshots/0f3a", 50),
+    ],
+    ids=["distilled", "plain", "cached"],
+)  # fmt: skip
+def test_a_repack_for_diffusers_is_read(tmp_path: Path, folder: str, steps: int):
+    model = loaded(repacked(tmp_path / folder))
+    assert same_weights(model.network, network())
+    assert same_weights(model.decoder.vae, vae())
+    assert (model.steps, model.guidance) == (steps, None if steps == 3 else 5.0)
+
+
+def test_a_repack_that_does_not_tell_what_it_holds_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"does not tell whether its model is distilled: name it, or a folder"):
+        loaded(repacked(tmp_path / "world"))
+
+
+@pytest.mark.parametrize(("light", "name", "other"), [(0.25, "quarter", "half"), (0.5, "half", "quarter")])
+def test_a_repack_brings_one_pruned_decoder(tmp_path: Path, light: float, name: str, other: str):
+    root = repacked(tmp_path / "Matrix-Game-3.0-Base-Distilled-Diffusers", light=light)
+    for made in (loaded(root), loaded(root, name)):
+        assert same_weights(made.decoder.vae.decoder, vae(light, 7).decoder)
+        assert same_weights(made.decoder.vae.post_quant_conv, vae(light, 7).post_quant_conv)
+        assert same_weights(made.decoder.vae.encoder, vae().encoder)
+    assert same_weights(loaded(root, "full").decoder.vae, vae())
+    with pytest.raises(CheckpointError, match=rf"MG-LightVAE\w*\.pth is missing; it holds the decoder '{other}'"):
+        loaded(root, other)
+
+
+def test_weights_in_half_precision_are_read(tmp_path: Path):
+    model = loaded(repacked(tmp_path / "Matrix-Game-3.0-Base-Distilled-Diffusers", torch.bfloat16))
+    assert {p.dtype for p in model.network.parameters()} == {torch.float32}
+    pairs = zip(model.network.state_dict().values(), network().state_dict().values(), strict=True)
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in pairs)
 
 
 def test_names_of_wans_own_file_become_diffusers():

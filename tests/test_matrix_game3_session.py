@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from worldstride.models.matrix_game3 import rays, retrieval
 from worldstride.models.matrix_game3.adapter import FIRST, MG3Context, MG3Inputs
 from worldstride.models.matrix_game3.controls import CONTROLS
 from worldstride.models.matrix_game3.weights import build
-from worldstride.protocol import Recalled
+from worldstride.protocol import Conditions, Recalled
 from worldstride.testing import check_model
 
 FORWARD, TURN = Action({"KeyW"}), Action({"ArrowRight"})
@@ -91,7 +92,7 @@ def guided_prompt() -> dict[str, Tensor]:
 
 
 def test_a_guided_model_asks_twice_the_second_time_without_memory(monkeypatch: pytest.MonkeyPatch):
-    """Against a plain loop: v0 + 5 (v1 - v0), v0 of the negative prompt, without actions and memory."""
+    """The second time with the negative prompt, without actions and memory."""
     of = model(guidance=5.0)
     seen = list[tuple[int, int]]()
     plain = of.velocity
@@ -110,6 +111,40 @@ def test_a_guided_model_asks_twice_the_second_time_without_memory(monkeypatch: p
         engine(of).open(
             torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.eye(4)[None], {"text": case()["context"][None]}
         ).step()
+
+
+def test_guided_latents_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch):
+    """A model that guides itself, by v0 + 5 (v1 - v0), makes what the loop makes of one that does not."""
+    guided, own = model(guidance=5.0), model(guidance=5.0)
+    prepare, velocity, sampler, branches = own.prepare, own.velocity, own.sampler, list[MG3Inputs]()
+
+    def prepared(conditions: Conditions) -> tuple[MG3Inputs, ...]:
+        branches[:] = prepare(conditions)
+        return tuple(branches)
+
+    def led(x: Tensor, sigma: float, _: MG3Inputs, *rest: Any) -> tuple[Tensor, dict[str, Any]]:
+        with_text, without = (velocity(x, sigma, inputs, *rest)[0] for inputs in branches)
+        return without + 5 * (with_text - without), {}
+
+    monkeypatch.setattr(own, "prepare", prepared)
+    monkeypatch.setattr(own, "velocity", led)
+    monkeypatch.setattr(own, "sampler", lambda *given: replace(sampler(*given), guidance=None))
+    start = (torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.eye(4)[None])
+    told = {"text": case()["context"][None]}
+    begun = [engine(of).open(*start, guided_prompt()) for of in (guided, own)] + [engine(model()).open(*start, told)]
+    for session in begun:
+        session.step(FORWARD)
+        session.step(TURN)
+    made, formula, plain = map(latents, begun)
+    assert far(made, formula) < 1e-5
+    assert far(made, plain) > 0.05
+
+
+def test_the_schedule_of_fifty_steps():
+    sigmas = model(guidance=5.0).sampler(50).sigmas
+    assert [int(1000 * s) for s in sigmas[:4]] == [999, 995, 991, 987]
+    assert sigmas[-2:] == pytest.approx((0.0925, 0), abs=5e-5)
+    assert len(sigmas) == 51
 
 
 def test_levels_are_rounded_as_on_a_gpu_if_asked_for(monkeypatch: pytest.MonkeyPatch):

@@ -373,6 +373,8 @@ def test_trajectories_have_the_frames_asked_for(kind: Trajectory):
     assert bool(poses.isfinite().all())
     if kind == "out and back":
         assert torch.equal(poses[0, 7:19], poses[0, 19:].flip(0))
+    if kind == "stand":
+        assert torch.equal(poses, poses[:, :1].expand_as(poses))
     if kind == "random keys":
         assert torch.equal(poses, trajectory(scene, kind, 7, 31, FIRST_SEED))
         assert not torch.equal(poses, trajectory(scene, kind, 7, 31, FIRST_SEED + 1))

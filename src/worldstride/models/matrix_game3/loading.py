@@ -34,9 +34,13 @@ DECODERS: dict[str, tuple[float, str]] = {
 }  # fmt: skip
 """Decoders, upstream's own choice first: the share of channels that each keeps, and its file."""
 ORIGIN = "Skywork/Matrix-Game-3.0"
-_VAE, _REPACK = "Wan2.2_VAE.pth", "FastVideo/Matrix-Game-3.0-Base-Distilled-Diffusers"
-_PLAIN = "Matrix-Game-3.0-Base-Diffusers"
-"""Name of the repack of the model that is not distilled."""
+_VAE, _LIGHT = "Wan2.2_VAE.pth", "light_vae"
+REPACKS = {
+    "base_distilled_model": "Matrix-Game-3.0-Base-Distilled-Diffusers",
+    "base_model": "Matrix-Game-3.0-Base-Diffusers",
+}
+"""Repacks for diffusers of both models, whose files do not tell which of them they hold."""
+_REPACK = f"FastVideo/{next(iter(REPACKS.values()))}"
 _DECODING = ("decoder.", "post_quant_conv.")
 _ENTRIES = ("state_dict", "gen_model", "generator")
 _SIZES = {"num_heads": "heads", "text_len": "rows", "sigma_theta": "spread", "eps": "eps"}
@@ -50,10 +54,10 @@ def load_matrix_game3(
     """Model and fingerprint, for frames of 704 x 1280.
 
     `path` is a folder as `Skywork/Matrix-Game-3.0` is published, and then the distilled model is meant; or one of
-    `VARIANTS` in it; or a repack for diffusers, whose transformer and VAE lie in folders of their own. `decoder` is one
-    of `DECODERS`, without it upstream's own choice where its file is there. Random weights are of full size, and a
-    path, which need not exist, then only names one of `VARIANTS`. Raises `CheckpointError` that names what is missing
-    and where it comes from.
+    `VARIANTS` in it; or a repack for diffusers, whose transformer and VAE lie in folders of their own: its folder, or
+    one around it, bears one of the names of `REPACKS`. `decoder` is one of `DECODERS`, without it upstream's own choice
+    where its file is there. Random weights are of full size, and a path, which need not exist, then only names one of
+    `VARIANTS`. Raises `CheckpointError` that names what is missing and where it comes from.
     """
     if decoder is not None and decoder not in DECODERS:
         known = list(DECODERS)
@@ -119,7 +123,15 @@ def _places(path: Path) -> tuple[Path, Path, str]:
     if path.name in VARIANTS:
         return path.parent, path, path.name
     if (path / "transformer").is_dir():
-        return path, path / "transformer", "base_model" if path.name == _PLAIN else next(iter(VARIANTS))
+        # a hub's cache names the folder around the one that is named by a revision
+        folders = {*path.absolute().parts, *path.resolve().parts}
+        for variant, repack in REPACKS.items():
+            if any(folder.endswith(repack) for folder in folders):
+                return path, path / "transformer", variant
+        raise CheckpointError(
+            f"{path} does not tell whether its model is distilled: name it, or a folder around it, "
+            f"{' or '.join(REPACKS.values())}, as it is published"
+        )
     variant = next(iter(VARIANTS))
     return path, path / variant, variant
 
@@ -149,15 +161,36 @@ def _vae(root: Path, decoder: str | None, device: torch.device, dtype: torch.dty
     else:
         raise CheckpointError(f"there is neither {file}, of {ORIGIN}, nor {folder} with config.json, as of {_REPACK}")
     marks = tensors.fingerprint()
-    name = decoder or next((n for n, (_, of) in DECODERS.items() if of and (root / of).is_file()), "full")
-    share, other = DECODERS[name]
-    if other:
-        if not (root / other).is_file():
-            raise CheckpointError(f"{root / other} is missing; it holds the decoder {name!r} and comes from {ORIGIN}")
-        own = Pickled(root / other, _ENTRIES, wrappers=("module.",))
-        part = native.converted(own, other)
+    name, place = _student(root, decoder, config)
+    if place is not None:
+        if place.is_dir():
+            own = part = published(place, f"folder {_LIGHT} of {_REPACK}")
+        else:
+            own = Pickled(place, _ENTRIES, wrappers=("module.",))
+            part = native.converted(own, place.name)
         whole = {n: t for n, t in whole.items() if not n.startswith(_DECODING)}
         whole |= {n: t for n, t in part.items() if n.startswith(_DECODING)}
         marks = f"{marks} {own.fingerprint()}"
-    config, what = pruned(config, share), f"VAE with a {name} decoder"
+    config, what = pruned(config, DECODERS[name][0]), f"VAE with a {name} decoder"
     return filled(lambda: WanVAE(config, eager=True), None, whole, str(root), what, device, dtype), marks
+
+
+def _student(root: Path, decoder: str | None, config: WanVAEConfig) -> tuple[str, Path | None]:
+    """Which decoder is taken, and where the weights of a pruned one lie: in its file, or in the one folder of a repack,
+    whose configuration tells which one that is."""
+    light, kept, places = root / _LIGHT, None, dict[str, Path]()
+    if (light / "config.json").is_file():
+        kept = WanVAEConfig.from_json(read_json(light / "config.json")).decoder_base_dim
+    for name, (share, file) in DECODERS.items():
+        if file and (root / file).is_file():
+            places[name] = root / file
+        elif file and kept == config.decoder_base_dim * share:
+            places[name] = light
+    name = decoder or next(iter(places), "full")
+    if DECODERS[name][1] and name not in places:
+        missing = root / DECODERS[name][1]
+        raise CheckpointError(
+            f"{missing} is missing; it holds the decoder {name!r} and comes from {ORIGIN}; folder {_LIGHT} of a repack "
+            f"would do, as {_REPACK} has it, where it holds that decoder"
+        )
+    return name, places.get(name)
