@@ -386,7 +386,7 @@ def test_forced_sessions_go_on_from_the_truth(tiny_engine: Engine, small: tuple[
     for mode in ("closed", "forced"):
         party = Party(tiny_engine, [world], FULL, mode)
         party.step()
-        (bank, other), truth = (s.history for s in party._sessions), world.frames[4:8]
+        (bank, other), truth = (roll.session.history for roll in party._rolls), world.frames[4:8]
         want = encode(truth[None])[0]
         newest = list(range(len(bank) - len(want), len(bank)))
         latents[mode] = [h.latents(newest, CPU, tuple(want.shape[1:])) for h in (bank, other)]

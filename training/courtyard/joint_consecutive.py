@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import tyro
-from joint_courtyard import JointCourtyard, joint_of, prompt, read_engine
-from joint_evaluate import SEEDS, Settings, held_out
+from joint_courtyard import joint_of, read_engine
+from joint_evaluate import SEEDS, Settings, held_out, rolls_of
 from joint_watch import ARMS, FLOOR, Arm, Likeness, Watch, watched
 from origin import commit
+from torch import Tensor
 
+from worldstride.acceleration import resolve
 from worldstride.bench.environment import environment
 from worldstride.bench.quality import Table, score, summarise
 from worldstride.bench.results import make_folder, write_json
-from worldstride.bench.trials import NoiseBank, noise_seed
+from worldstride.bench.trials import NoiseBank, step_rolls
 from worldstride.bench.walks import HeldOutWorld
 from worldstride.engine import Engine, pick_device
 from worldstride.models.matrix_game3.adapter import NEW, PAST
-from worldstride.session import step_together
 
 FORMAT = "worldstride-joint-consecutive"
 Movement = Literal["walk", "stand"]
@@ -43,61 +45,63 @@ NAMES = ("input", "added", "memory keys", "memory values", "past keys", "past va
 """What is compared."""
 
 
+class SameNoise(NoiseBank):
+    """Noise that is the same for all chunks but a world's first."""
+
+    def draw(self, seed: int, chunk: int, size: Sequence[int], device: torch.device) -> Tensor:
+        """See `NoiseBank.draw`."""
+        return super().draw(seed, min(chunk, 1), size, device)
+
+
 class Compared:
     """Likeness of consecutive chunks, by name, evaluation and block."""
 
-    def __init__(self, model: JointCourtyard) -> None:
-        self.evaluations, self.depth = model.steps, len(model.network.blocks)
-        self._tables: dict[str, list[list[Likeness]]] = {}
-
-    def of(self, name: str, evaluations: int) -> list[list[Likeness]]:
-        """The table of a name."""
-        fresh = [[Likeness() for _ in range(self.depth)] for _ in range(evaluations)]
-        return self._tables.setdefault(name, fresh)
+    def __init__(self) -> None:
+        self._found = defaultdict[tuple[str, int, int], Likeness](Likeness)
 
     def add(self, watch: Watch, numbers: Sequence[int], before: Sequence[int]) -> None:
         """Count the chunk under way; `numbers` are its latents' in the order of its tokens, `before` those of the one
         before."""
         for (evaluation, block), seen in watch.now.items():
             old = watch.before[evaluation, block]
-            self.of("input", self.evaluations)[evaluation][block].add(seen.entered, old.entered)
+            self._found["input", evaluation, block].add(seen.entered, old.entered)
             if seen.added is not None and old.added is not None:
-                self.of("added", self.evaluations)[evaluation][block].add(seen.added, old.added)
+                self._found["added", evaluation, block].add(seen.added, old.added)
         # in a chunk's first evaluation: remembered latents that the chunk before had, and past ones that were new in
         # it, as its last evaluation had them
         held, slots = before[:-NEW], len(numbers) - NEW - PAST
         again = [(i, held.index(n)) for i, n in enumerate(numbers[:slots]) if n in held]
         gone_on = [(slots + i, len(before) - PAST + i) for i in range(PAST)]
-        for kind, places, evaluation in (("memory", again, 0), ("past", gone_on, self.evaluations - 1)):
+        for kind, places, evaluation in (("memory", again, 0), ("past", gone_on, watch.last)):
             mine, theirs = ([pair[side] for pair in places] for side in (0, 1))
-            for block in range(self.depth if places else 0):
+            for block in range(watch.depth if places else 0):
                 new, old = watch.now[0, block], watch.before[evaluation, block]
                 for name, one, other in (("keys", new.keys, old.keys), ("values", new.values, old.values)):
-                    self.of(f"{kind} {name}", 1)[0][block].add(one[:, :, mine], other[:, :, theirs])
+                    self._found[f"{kind} {name}", 0, block].add(one[:, :, mine], other[:, :, theirs])
 
-    def facts(self) -> dict[str, object]:
-        """For results."""
-        return {name: [[x.facts() for x in row] for row in of] for name, of in self._tables.items()}
+    def facts(self) -> dict[str, list[list[dict[str, float]]]]:
+        """By name: a row an evaluation, a place a block."""
+        made: dict[str, list[list[dict[str, float]]]] = {name: [] for name in NAMES}
+        for (name, _, block), likeness in sorted(self._found.items()):
+            if block == 0:
+                made[name].append([])
+            made[name][-1].append(likeness.facts())
+        return {name: rows for name, rows in made.items() if rows}
 
 
 def play(
     engine: Engine, world: HeldOutWorld, chunks: int, noise: Noise, arm: Arm, compared: Compared | None = None
 ) -> np.ndarray:
     """Frames uint8 [seeds, C, H, W, 3] after the given one, in closed loop."""
-    model, bank, at, shown = joint_of(engine), NoiseBank(), 0, list[np.ndarray]()
-    begun = engine.open(world.frames[:1], world.cameras[:1], prompt(model.config), seed=world.seed)
-    sessions, numbers = [begun.fork(noise_seed(world, seed)) for seed in SEEDS], list[int]()
-    with watched(model) as watch:
+    rolls, bank = rolls_of(engine, world, resolve("off"), ("closed",)), NoiseBank() if noise == "own" else SameNoise()
+    at, shown, numbers = 0, list[np.ndarray](), list[int]()
+    with watched(joint_of(engine)) as watch:
         for k in range(chunks):
-            shape = model.chunk(k)
             watch.turn_to_next(arm if k >= 2 and k % 2 == 0 else "full")
-            size, drawn = (shape.clean + shape.new, *model.latent_shape), k if noise == "own" else min(k, 1)
-            given = [bank.draw(noise_seed(world, seed), drawn, size, engine.device) for seed in SEEDS]
-            cameras = [world.cameras[at : at + shape.frames]] * len(SEEDS)
-            made = step_together(sessions, cameras, noise=given)
+            made = step_rolls(engine, rolls, k, at, bank)
             shown.append(np.stack([one.frames for one in made]))
+            shape, before, report = engine.model.chunk(k), numbers, made[0].report
             at += shape.frames
-            before, report = numbers, made[0].report
             first = report.history_latents - shape.new - shape.clean
             numbers = [*report.context.memory, *range(first, first + shape.clean + shape.new)]
             if compared is not None and k >= 2:
@@ -127,7 +131,7 @@ def measured(engine: Engine, s: Consecutive) -> tuple[list[dict[str, Any]], list
         for movement in MOVEMENTS:
             world, full = held_out(engine, of, number, movement), dict[Noise, np.ndarray]()
             for noise, arm in PLAYED:
-                compared = found.setdefault((movement, noise), Compared(joint_of(engine)))
+                compared = found.setdefault((movement, noise), Compared())
                 frames = play(engine, world, s.chunks, noise, arm, compared if arm == "full" else None)
                 made = score(frames, full.setdefault(noise, frames), world, None, engine.device)
                 tables.setdefault((movement, noise, arm), []).append(made)

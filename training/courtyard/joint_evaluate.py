@@ -27,7 +27,7 @@ from worldstride.bench.environment import environment
 from worldstride.bench.quality import Table, score, summarise
 from worldstride.bench.results import make_folder, write_json
 from worldstride.bench.rollout import summary
-from worldstride.bench.trials import Mode, NoiseBank, noise_seed
+from worldstride.bench.trials import Mode, NoiseBank, Roll, noise_seed, step_rolls
 from worldstride.bench.walks import CLASSES, FIRST_SEED, HeldOutWorld, Trajectory, held_out_world
 from worldstride.engine import Engine, pick_device, pick_dtype
 from worldstride.errors import InputError
@@ -37,7 +37,6 @@ from worldstride.models.matrix_game3.config import FRAMES
 from worldstride.models.quantised import Scheme, named, parted, quantised
 from worldstride.protocol import ChunkShape
 from worldstride.report import ChunkReport
-from worldstride.session import step_together
 
 FORMAT = "worldstride-joint-courtyard"
 LATER = ChunkShape(NEW, NEW * FRAMES, clean=PAST, memory=MEMORY)
@@ -120,6 +119,13 @@ def held_out(engine: Engine, s: Settings, number: int, walk: Trajectory | None =
     return held_out_world(s.family, FIRST_SEED + number, walk, 1, frames, recent, side, engine.device)
 
 
+def rolls_of(engine: Engine, world: HeldOutWorld, settings: Acceleration, modes: Sequence[Mode]) -> list[Roll]:
+    """A world to be played in modes, with every noise seed; nothing is shown yet, not even the given frame."""
+    begun = engine.open(world.frames[:1], world.cameras[:1], prompt(joint_of(engine).config), seed=world.seed)
+    begun.acceleration = settings
+    return [Roll(begun.fork(noise_seed(world, seed)), world, seed, mode) for mode in modes for seed in SEEDS]
+
+
 def play(
     engine: Engine, world: HeldOutWorld, settings: Acceleration, chunks: int, noise: NoiseBank
 ) -> dict[Mode, tuple[np.ndarray, list[list[ChunkReport]]]]:
@@ -128,29 +134,18 @@ def play(
     Modes and seeds share cameras, and so what is brought back: they are stepped as one batch. Where what frames show
     decides, they must not decide for each other.
     """
-    size, rolls = engine.model.latent_shape, [(mode, seed) for mode in MODES for seed in SEEDS]
-    begun = engine.open(world.frames[:1], world.cameras[:1], prompt(joint_of(engine).config), seed=world.seed)
-    begun.acceleration = settings
-    sessions = [begun.fork(noise_seed(world, seed)) for _, seed in rolls]
+    rolls = rolls_of(engine, world, settings, MODES)
     shown: list[list[np.ndarray]] = [[] for _ in rolls]
     reports: list[list[ChunkReport]] = [[] for _ in rolls]
-    at, alone = 0, settings.adaptive is not None or settings.temporal is not None
+    at, limit = 0, 1 if settings.adaptive is not None or settings.temporal is not None else None
     for k in range(chunks):
-        shape = engine.model.chunk(k)
-        ahead = slice(at, at + shape.frames)
-        drawn = [
-            noise.draw(noise_seed(world, seed), k, (shape.clean + shape.new, *size), engine.device) for _, seed in rolls
-        ]
-        cameras = [world.cameras[ahead]] * len(rolls)
-        for i, made in enumerate(step_together(sessions, cameras, noise=drawn, limit=1 if alone else None)):
+        for i, made in enumerate(step_rolls(engine, rolls, k, at, noise, limit=limit)):
             shown[i].append(made.frames)
             reports[i].append(made.report)
-            if rolls[i][0] == "forced":
-                sessions[i].correct(world.frames[ahead])
-        at += shape.frames
+        at += engine.model.chunk(k).frames
     out: dict[Mode, tuple[np.ndarray, list[list[ChunkReport]]]] = {}
     for mode in MODES:
-        mine = [i for i, (of, _) in enumerate(rolls) if of == mode]
+        mine = [i for i, roll in enumerate(rolls) if roll.mode == mode]
         out[mode] = np.stack([np.concatenate(shown[i])[1:] for i in mine]), [reports[i] for i in mine]
     return out
 
@@ -271,10 +266,8 @@ def main() -> None:
         torch.save(played(s, arms, range(s.part, s.worlds, s.parts)), s.out)
         return
     make_folder(s.out.parent)
-    origin = {
-        "commit": commit(),
-        "weights_sha256": read_network(s.weights)[1],
-    }  # of what is run, not what is there after
+    # of what is run, not of what is there when it ends
+    origin = {"commit": commit(), "weights_sha256": read_network(s.weights)[1]}
     found, device = rows(shared(s, arms), arms), pick_device(s.device)
     facts = environment(device, "python training/courtyard/joint_evaluate.py " + shlex.join(sys.argv[1:]))
     setting = {"family": s.family, "worlds": s.worlds, "chunks": s.chunks, "walks": WALKS, "seeds": SEEDS}

@@ -66,7 +66,9 @@ class Watch:
 
     def __init__(self, network: MG3Network, tokens: int, evaluations: int) -> None:
         self._number = {id(block): i for i, block in enumerate(network.blocks)}
-        self._tokens, self._evaluations, self._evaluation = tokens, evaluations, -1
+        self._tokens, self._evaluation = tokens, -1
+        self.last, self.depth = evaluations - 1, len(self._number)
+        """A chunk's last evaluation, and how many blocks there are."""
         self.before: dict[tuple[int, int], Seen] = {}
         """Of the chunk before, by evaluation and block."""
         self.now: dict[tuple[int, int], Seen] = {}
@@ -97,7 +99,7 @@ class Watch:
 
     def source(self, evaluation: int, block: int) -> Seen | None:
         """Where a block takes over what it adds; None where it computes that."""
-        if self.arm == "full" or evaluation + 1 == self._evaluations or block in (0, len(self._number) - 1):
+        if self.arm == "full" or evaluation == self.last or block in (0, self.depth - 1):
             return None
         if self.arm == "chunk before":
             return self.before[evaluation, block]

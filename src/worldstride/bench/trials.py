@@ -18,6 +18,7 @@ from worldstride.context.selection import bounded
 from worldstride.engine import Engine
 from worldstride.report import ChunkReport
 from worldstride.session import Session, step_together
+from worldstride.state import Chunk
 
 Mode = Literal["closed", "forced"]
 """Closed loop: the model goes on from its own frames, as a player sees it. Forced: the truth takes the place of every
@@ -37,6 +38,34 @@ class Arm:
         return self.settings.name
 
 
+@dataclass(frozen=True, eq=False)
+class Roll:
+    """One world played once."""
+
+    session: Session
+    world: HeldOutWorld
+    seed: int
+    """Noise seed, of those of its world."""
+    mode: Mode = "closed"
+
+
+def step_rolls(
+    engine: Engine, rolls: Sequence[Roll], chunk: int, at: int, noise: NoiseBank,
+    recall: Sequence[Sequence[int] | None] | None = None, limit: int | None = None,
+) -> list[Chunk]:  # fmt: skip
+    """The chunk of this number of all rolls, whose frames begin at frame `at` of their worlds, in one batch or in
+    batches of at most `limit`; the truth then takes its place in those that are forced."""
+    shape = engine.model.chunk(chunk)
+    ahead, size = slice(at, at + shape.frames), (shape.clean + shape.new, *engine.model.latent_shape)
+    drawn = [noise.draw(noise_seed(r.world, r.seed), chunk, size, engine.device) for r in rolls]
+    sessions, cameras = [r.session for r in rolls], [r.world.cameras[ahead] for r in rolls]
+    made = step_together(sessions, cameras, noise=drawn, recall=recall, limit=limit)
+    for roll in rolls:
+        if roll.mode == "forced":
+            roll.session.correct(roll.world.frames[ahead])
+    return made
+
+
 class Party:
     """One arm in some worlds, once for every noise seed, stepped together.
 
@@ -48,13 +77,12 @@ class Party:
         self, engine: Engine, worlds: Sequence[HeldOutWorld], arm: Arm, mode: Mode, seeds: Sequence[int] = (1, 2),
         limit: int | None = None, noise: NoiseBank | None = None,
     ) -> None:  # fmt: skip
-        self.arm, self._engine, self._mode, self._limit = arm, engine, mode, limit
+        self.arm, self._engine, self._limit = arm, engine, limit
         self._worlds, self._seeds, self._noise = list(worlds), list(seeds), noise or NoiseBank()
-        self._every = [w for _ in seeds for w in worlds]
-        self._sessions = [self._open(w, s) for s in seeds for w in worlds]
+        self._rolls = [Roll(self._open(w, s), w, s, mode) for s in seeds for w in worlds]
         self._at, self._chunk = worlds[0].given, 0
         self._shown: list[np.ndarray] = []
-        self.reports: list[list[ChunkReport]] = [[] for _ in self._sessions]
+        self.reports: list[list[ChunkReport]] = [[] for _ in self._rolls]
         """One list a session: all worlds of the first seed, then of the next."""
 
     @property
@@ -65,23 +93,17 @@ class Party:
 
     def step(self) -> None:
         """The next chunk of all sessions."""
-        shape, sessions = self._engine.model.chunk(self._chunk), self._sessions
-        ahead = slice(self._at, self._at + shape.frames)
+        shape = self._engine.model.chunk(self._chunk)
         count = bounded(shape.memory, self.arm.settings.memory)
         once = [
             recalled(w, self.arm.recall, self._at, shape.frames, shape.window, count, self._engine.device)
             for w in self._worlds
         ]
-        cameras = [w.cameras[ahead] for w in self._every]
-        size, device = (shape.clean + shape.new, *self._engine.model.latent_shape), self._engine.device
-        seeds = [noise_seed(w, s) for s in self._seeds for w in self._worlds]
-        noise = [self._noise.draw(s, self._chunk, size, device) for s in seeds]
-        done = step_together(sessions, cameras, noise=noise, recall=once * len(self._seeds), limit=self._limit)
+        recall = once * len(self._seeds)
+        done = step_rolls(self._engine, self._rolls, self._chunk, self._at, self._noise, recall, self._limit)
         self._shown.append(np.stack([c.frames for c in done]))
-        for i, chunk in enumerate(done):
-            self.reports[i].append(chunk.report)
-            if self._mode == "forced":
-                sessions[i].correct(self._every[i].frames[ahead])
+        for reports, chunk in zip(self.reports, done, strict=True):
+            reports.append(chunk.report)
         self._at, self._chunk = self._at + shape.frames, self._chunk + 1
 
     def _open(self, world: HeldOutWorld, seed: int) -> Session:
