@@ -55,3 +55,8 @@ class Group:
         tensor = torch.tensor([value], device=self.device, dtype=torch.float64)
         dist.broadcast(tensor, 0)
         return float(tensor)
+
+    def leave(self) -> None:
+        """End the run's part of this process."""
+        if self.many:
+            dist.destroy_process_group()

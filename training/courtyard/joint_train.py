@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import torch.distributed as dist
 import tyro
 from group import Group
 from joint_courtyard import CONFIG, SHIFT, SIZE, predicted, prompt, read_network, save_network
 from joint_data import LENGTH, Batch, Kind, Walks
-from optimizer import Optimizer
+from optimizer import Optimizer, average_into, rate_at
 from origin import commit
 from torch import Tensor
 
@@ -182,11 +181,9 @@ class Trainer:
             mine.grad = None if other.grad is None else other.grad.float()
             other.grad = None
         self.group.average_gradients(ours)
-        rate = min(1.0, (self.step + 1) / s.warmup) * min(1.0, max(0.01, (1 - self.progress) / s.decay))
+        rate = rate_at(self.step, s.warmup, self.progress, s.decay)
         norm = self.optimizer.step(rate)
-        with torch.no_grad():
-            weight = 1 - min(s.average, (self.step + 1) / (self.step + 11))
-            torch._foreach_lerp_(list(self.averaged.parameters()), ours, weight)
+        average_into(self.averaged, self.network, self.step, s.average)
         self.losses[kind].append(loss.detach())
         return {"loss": loss.detach(), "error": error.detach(), "norm": norm, "rate": rate}
 
@@ -277,8 +274,7 @@ def main() -> None:
     make_folder(settings.out)
     group = Group()
     Trainer(settings.for_smoke() if settings.smoke else settings, group).run()
-    if group.many:
-        dist.destroy_process_group()
+    group.leave()
 
 
 if __name__ == "__main__":

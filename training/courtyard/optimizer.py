@@ -58,3 +58,15 @@ class Optimizer:
                 if int(head) == i:
                     whole["state"].setdefault(int(j), {})[key] = value if value.dim() == 0 else value.float()
             part.load_state_dict(whole)
+
+
+def rate_at(step: int, warmup: int, progress: float, decay: float) -> float:
+    """Share of the full learning rates: rising over `warmup` steps, falling to 1 % over the last share `decay`."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.01, (1 - progress) / decay))
+
+
+@torch.no_grad()
+def average_into(averaged: nn.Module, network: nn.Module, step: int, most: float) -> None:
+    """Move averaged weights toward a network's; their decay rises with steps to `most`."""
+    weight = 1 - min(most, (step + 1) / (step + 11))
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), weight)

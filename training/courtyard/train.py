@@ -15,13 +15,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import tyro
 from checkpoint import flat_state, load_state, part, save_state, save_weights
 from data import Batch, ContextKind, Pool, context_ranks, take
 from group import Group
 from objective import errors, noised
-from optimizer import Optimizer
+from optimizer import Optimizer, average_into, rate_at
 from origin import commit
 from quick import Quick
 from repatch import repatched
@@ -172,11 +171,10 @@ class Trainer:
         loss = ((error + s.seam * jump) / sigma.clamp_min(0.1)).mean()
         loss.backward()
         self.group.average_gradients(list(self.network.parameters()))
-        rate = min(1.0, (since + 1) / 150) * min(1.0, max(0.01, (1 - self.progress) / s.decay))
+        rate = rate_at(since, 150, self.progress, s.decay)
         norm = self.optimizer.step(rate)
+        average_into(self.averaged, self.network, self.step, s.average)
         with torch.no_grad():
-            weight = 1 - min(s.average, (self.step + 1) / (self.step + 11))
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), weight)
             if pool.own is not None and sampled is not None:
                 self._keep(pool.own, batch, sampled, sigma)
         self.losses[kept].append(loss.detach())
@@ -334,8 +332,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     group = Group()
     Trainer(settings.for_smoke() if settings.smoke else settings, group).run()
-    if group.many:
-        dist.destroy_process_group()
+    group.leave()
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Bench:
             "note": RANDOM_WEIGHTS_NOTE if engine.source.weights == "random" else "",
             "warmup": self.warmup,
             "gigabytes": self.gigabytes,
-            "encoder_bytes": 0 if held is None else sum(p.numel() * p.element_size() for p in held.parameters()),
+            "encoder_bytes": 0 if held is None else sum(map(bytes_of, held.parameters())),
             "rows": rows,
             "peak_memory_bytes": peak_memory(),
             "first_frame_seconds": time_to_first_frame(engine, self.engine.dtype, self.threads),
